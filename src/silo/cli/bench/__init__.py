@@ -1,0 +1,37 @@
+"""`silo bench`: figures of this machine, one JSON object a run."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping
+
+from silo.cli.bench import engine, network
+from silo.cli.bench.measure import machine_facts
+
+Bench = Callable[[int | None], Awaitable[dict[str, object]]]
+
+BENCHES: Mapping[str, tuple[Bench, str]] = {
+    "engine": (engine.lifecycles, "enqueue, lease and report on one shard, empty and with a backlog"),
+    "backlog": (engine.backlog, "memory with a large backlog, and reopening after kill -9"),
+    "fairness": (engine.fairness, "one job of a new tenant against 100 000 of another"),
+    "latency": (network.latency, "enqueue call to handler start, idle worker, real server"),
+    "e2e": (network.end_to_end, "server, producer and worker as three processes"),
+}
+
+
+def run(name: str, *, jobs: int | None = None, as_json: bool = False) -> None:
+    """Run one bench and print its figures.
+
+    Raises:
+        KeyError: there is no bench of this name.
+    """
+    bench, _ = BENCHES[name]
+    figures = asyncio.run(_measured(name, bench, jobs))
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        for key, value in figures.items():
+            print(f"{key:28} {value}")
+
+
+async def _measured(name: str, bench: Bench, jobs: int | None) -> dict[str, object]:
+    return {"bench": name, **await bench(jobs), **machine_facts()}

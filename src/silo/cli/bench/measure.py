@@ -1,0 +1,31 @@
+"""Facts about the machine, and summaries of samples."""
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+
+def machine_facts() -> dict[str, object]:
+    """What a figure must be read with."""
+    return {
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "slatedb": version("slatedb"),
+        "grpcio": version("grpcio"),
+        "silo": version("silo-queue"),
+    }
+
+
+def percentile(samples: Sequence[float], share: float) -> float:
+    """The sample that `share` (0 to 1) of all samples do not exceed."""
+    ordered = sorted(samples)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def resident_mb(pid: int) -> float:
+    """Resident memory of a process in MB, from /proc."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)

@@ -1,0 +1,33 @@
+"""Admit a job."""
+
+from silo.model.change import Change
+from silo.engine.schedule import pending_at
+from silo.model.job import Job, JobState, JobStatus, NewJob
+
+
+def admit(new: NewJob, *, job_id: str, now_ms: int, priority_step_ms: int) -> Change:
+    """The job as Scheduled, due at its start time. The caller knows that the id is free."""
+    start_at_ms = new.start_at_ms if new.start_at_ms > 0 else now_ms
+    state = JobState(
+        tenant=new.tenant,
+        job_id=job_id,
+        task_group=new.task_group,
+        priority=new.priority,
+        retry_policy=new.retry_policy,
+        status=JobStatus.SCHEDULED,
+        changed_at_ms=now_ms,
+        attempts_ended=0,
+        relative_attempt_number=1,
+        payload_bytes=len(new.payload),
+        next_start_ms=start_at_ms,
+        pending=pending_at(start_at_ms, new.priority, now_ms=now_ms, priority_step_ms=priority_step_ms),
+    )
+    job = Job(
+        tenant=new.tenant,
+        id=job_id,
+        enqueue_time_ms=new.start_at_ms,
+        created_at_ms=now_ms,
+        payload=new.payload,
+        metadata=new.metadata,
+    )
+    return Change(before=None, after=state, job=job)

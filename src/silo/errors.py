@@ -1,0 +1,118 @@
+"""What Silo raises on purpose, by what the caller can do about it."""
+
+import enum
+from typing import ClassVar
+
+
+class ErrorKind(enum.Enum):
+    """What the caller can do. Each kind is one gRPC status, mapped in rpc/status.py."""
+
+    INVALID = "invalid"  # the request is wrong: correct it
+    NOT_FOUND = "not_found"
+    EXISTS = "exists"  # the id is taken: the thing is already there
+    CONFLICT = "conflict"  # the state forbids it: read again, then decide
+    NOT_OWNER = "not_owner"  # another node has the shard: refresh the shard map
+    UNSUPPORTED = "unsupported"  # this server cannot do it
+    EXHAUSTED = "exhausted"  # too much at once: back off
+    UNAVAILABLE = "unavailable"  # try again
+    DENIED = "denied"  # not allowed here
+    DATA = "data"  # stored bytes do not decode: a person must look
+    INTERNAL = "internal"
+
+
+class SiloError(Exception):
+    """Base of what Silo raises on purpose. Branch on `kind`; the text is for people.
+
+    `message` is the bare text, which travels over the wire where clients match
+    on it; `str()` adds the fields, for logs.
+    """
+
+    kind: ClassVar[ErrorKind] = ErrorKind.INTERNAL
+
+    def __init__(self, message: str, **fields: object) -> None:
+        facts = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+        super().__init__(f"{message} ({facts})" if facts else message)
+        self.message = message
+        self.fields = fields
+
+
+class InvalidRequest(SiloError):
+    """A value in the request is wrong; the text names it."""
+
+    kind = ErrorKind.INVALID
+
+
+class JobNotFound(SiloError):
+    kind = ErrorKind.NOT_FOUND
+
+    def __init__(self, **fields: object) -> None:
+        super().__init__("job not found", **fields)
+
+
+class JobExists(SiloError):
+    kind = ErrorKind.EXISTS
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"job already exists with id {job_id}")
+
+
+class LeaseNotFound(SiloError):
+    """The lease ran out, was reported, or never was: forget the task."""
+
+    kind = ErrorKind.NOT_FOUND
+
+    def __init__(self, **fields: object) -> None:
+        super().__init__("lease not found", **fields)
+
+
+class LeaseOwnerMismatch(SiloError):
+    kind = ErrorKind.CONFLICT
+
+    def __init__(self, **fields: object) -> None:
+        super().__init__("lease owner mismatch", **fields)
+
+
+class StateForbids(SiloError):
+    """The job's status does not allow the operation; nothing was changed."""
+
+    kind = ErrorKind.CONFLICT
+
+
+class ShardClosed(SiloError):
+    """The shard stopped. What was not answered yet may or may not be kept."""
+
+    kind = ErrorKind.UNAVAILABLE
+
+
+class Overloaded(SiloError):
+    """A bound was reached. Back off and try again."""
+
+    kind = ErrorKind.EXHAUSTED
+
+
+class StoreError(SiloError):
+    """Base of what a `Store` raises."""
+
+
+class StoreFenced(StoreError):
+    """Another writer opened this store. Close; do not retry."""
+
+    kind = ErrorKind.UNAVAILABLE
+
+
+class StoreUnavailable(StoreError):
+    """The store failed; the outcome of a write is unknown. Reopen to learn it."""
+
+    kind = ErrorKind.UNAVAILABLE
+
+
+class StoreCorrupt(StoreError):
+    """Stored bytes do not decode. A person must look."""
+
+    kind = ErrorKind.DATA
+
+
+class ConfigError(SiloError):
+    """The configuration is wrong; the text names the key and the fix."""
+
+    kind = ErrorKind.INVALID

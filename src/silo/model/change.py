@@ -1,0 +1,25 @@
+"""What a decision answers with: one job before and after."""
+
+import msgspec
+
+from silo.model.attempt import Attempt
+from silo.model.job import Job, JobState
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One job's step from `before` (None: it did not exist) to `after` (None: it is gone).
+
+    Everything that follows from a state is derived from this pair: index rows,
+    the row in a queue, the lease and the counters. So they cannot disagree.
+    """
+
+    before: JobState | None
+    after: JobState | None
+    job: Job | None = None  # Its description, when the job is created or deleted.
+    attempt: Attempt | None = None  # The attempt that ended with this step.
+
+    @property
+    def subject(self) -> JobState:
+        state = self.after or self.before
+        assert state is not None, "a change is about a job"
+        return state

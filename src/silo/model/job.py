@@ -1,0 +1,139 @@
+"""Jobs: what a caller asked for, and where each one stands."""
+
+import enum
+from typing import TypeAlias
+
+import msgspec
+
+PRIORITY_MAX = 99
+DEFAULT_TENANT = "-"  # The tenant of every job while tenancy is off.
+
+
+class JobStatus(enum.IntEnum):
+    """Numbers are those of the wire and of stored records."""
+
+    SCHEDULED = 0
+    RUNNING = 1
+    SUCCEEDED = 2
+    FAILED = 3
+    CANCELLED = 4
+
+    @property
+    def is_terminal(self) -> bool:
+        return self >= JobStatus.SUCCEEDED
+
+    @property
+    def label(self) -> str:
+        """The name that error texts and queries show, such as `Scheduled`."""
+        return self.name.capitalize()
+
+
+MOVES: dict[JobStatus, frozenset[JobStatus]] = {
+    JobStatus.SCHEDULED: frozenset({JobStatus.SCHEDULED, JobStatus.RUNNING, JobStatus.CANCELLED}),
+    JobStatus.RUNNING: frozenset(JobStatus),
+    JobStatus.SUCCEEDED: frozenset(),
+    JobStatus.FAILED: frozenset({JobStatus.SCHEDULED}),
+    JobStatus.CANCELLED: frozenset({JobStatus.SCHEDULED, JobStatus.CANCELLED}),
+}
+"""The one table of legal status changes. A terminal job can also be deleted."""
+
+
+class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+    """How often and how soon a failed attempt is repeated.
+
+    Fields are kept as sent. `max_interval_ms` caps every delay, so 0 means at once.
+    """
+
+    retry_count: int
+    initial_interval_ms: int
+    max_interval_ms: int
+    randomize_interval: bool
+    backoff_factor: float
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+    """What the caller asked for. Nothing here ever changes."""
+
+    tenant: str
+    id: str
+    enqueue_time_ms: int  # The start the caller asked for, as sent: 0 for "now".
+    created_at_ms: int
+    payload: bytes
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
+    """Due: waits in its task group's queue, in the order of `deadline_ms`."""
+
+    deadline_ms: int
+
+
+class Delayed(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
+    """Not due yet: waits for `due_ms`."""
+
+    due_ms: int
+
+
+Pending: TypeAlias = Ready | Delayed
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+    """A worker's claim on a running attempt. Heartbeats extend it in memory only."""
+
+    task_id: str
+    worker_id: str
+    started_at_ms: int
+    expiry_ms: int
+
+
+class JobState(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+    """Where a job stands. Everything about it that changes, changes here.
+
+    Scheduled has `pending` and no `lease`; Running has a `lease` and no
+    `pending`; a terminal job has neither.
+    """
+
+    tenant: str
+    job_id: str
+    task_group: str
+    priority: int
+    retry_policy: RetryPolicy | None
+    status: JobStatus
+    changed_at_ms: int
+    attempts_ended: int  # Attempts with a stored record; the pending or running one is the next.
+    relative_attempt_number: int  # Of the pending, running or last attempt; restarts at 1.
+    payload_bytes: int = 0  # So that memory can be planned before the job is read.
+    next_start_ms: int | None = None  # Kept when a job is cancelled while Scheduled.
+    cancelled_at_ms: int | None = None
+    pending: Pending | None = None
+    lease: Lease | None = None
+
+    @property
+    def next_attempt_number(self) -> int:
+        """Number of the pending or running attempt, counted over restarts."""
+        return self.attempts_ended + 1
+
+    @property
+    def is_last_attempt(self) -> bool:
+        retries = self.retry_policy.retry_count if self.retry_policy else 0
+        return self.relative_attempt_number >= retries + 1
+
+
+class NewJob(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A job to be admitted; checked at the edge."""
+
+    tenant: str
+    id: str | None  # None: the shard draws one.
+    task_group: str
+    priority: int
+    start_at_ms: int  # 0 or less: now.
+    payload: bytes
+    retry_policy: RetryPolicy | None = None
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+class LeasedTask(msgspec.Struct, frozen=True, gc=False):
+    """What a worker gets: the job, and its state with the lease."""
+
+    job: Job
+    state: JobState

@@ -1,0 +1,168 @@
+"""Which due work goes next.
+
+Within one tenant, work goes by virtual deadline, then priority, then job id: the
+order of its queue rows. Tenants of a task group take turns, one task each, so a new
+tenant's first task waits behind at most one task of every other tenant.
+
+Only heads are in memory: of each tenant a `Window`, and of the tenants with work a
+bounded number, the residents. `beyond` is the cursor that finds the others: tenants
+after it in key order may have work in the store. Residents that had their turn make
+room for them. Everything here can be dropped and read again.
+"""
+
+from collections.abc import Callable
+
+from silo.model.job import JobState
+from silo.shard.window import Window
+from silo.storage import keys
+
+RESIDENTS_MAX = 10_000
+_WINDOW_MIN, _WINDOW_MAX, _ROWS_MAX = 16, 512, 100_000
+
+
+class TaskGroupQueue:
+    """The due work of one task group. Pure: it never touches the store."""
+
+    def __init__(self, task_group: str, *, residents_max: int = RESIDENTS_MAX) -> None:
+        self.task_group = task_group
+        self.prefix = keys.queue_group_prefix(task_group)
+        self.end = keys.range_end(self.prefix)
+        self._residents_max = residents_max
+        self._residents: dict[str, Window] = {}  # In the order of turns.
+        self.beyond: bytes | None = self.prefix
+        self._turns = 0  # Since the cursor last moved.
+        self._has_missed = False  # Some tenant behind the cursor may have work and no window.
+
+    def __repr__(self) -> str:
+        return f"TaskGroupQueue({self.task_group!r}, {len(self._residents)} tenants)"
+
+    def __len__(self) -> int:
+        """Rows in memory."""
+        return sum(map(len, self._residents.values()))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is queued, in memory or in the store."""
+        return not self._residents and self.beyond is None
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether tenants without a window should get one now: there is room, or all had a turn."""
+        if self.beyond is None:
+            return False
+        return len(self._residents) < self._residents_max or self._turns >= len(self._residents)
+
+    @property
+    def window_limit(self) -> int:
+        share = _ROWS_MAX // max(1, len(self._residents))
+        return max(_WINDOW_MIN, min(_WINDOW_MAX, share))
+
+    def window(self, tenant: str) -> Window | None:
+        return self._residents.get(tenant)
+
+    def insert(self, key: bytes, state: JobState, floor: bytes) -> None:
+        """Work became due. `floor`: where this tenant's rows in the store begin."""
+        window = self._residents.get(state.tenant)
+        if window is None:
+            if len(self._residents) >= self._residents_max:
+                self._miss()
+                return
+            # While tenants may be unread, this one may have older rows in the store.
+            window = Window(None if self.beyond is None else min(floor, key))
+            self._residents[state.tenant] = window
+        window.insert(key, state, limit=self.window_limit)
+
+    def remove(self, key: bytes, tenant: str) -> None:
+        """Work left its queue."""
+        window = self._residents.get(tenant)
+        if window is not None:
+            window.remove(key)
+            self._drop_if_done(tenant, window)
+
+    def take(self, count: int, is_loaded: Callable[[JobState], bool]) -> list[JobState]:
+        """Take up to `count` tasks by turns; the caller deletes their rows in the same step.
+
+        A tenant whose next task is not loaded is passed over.
+        """
+        taken: list[JobState] = []
+        passed = 0
+        while len(taken) < count and passed < len(self._residents):
+            tenant, window = next(iter(self._residents.items()))
+            del self._residents[tenant]
+            self._residents[tenant] = window  # Its turn is over.
+            self._turns += 1
+            if not len(window) or not is_loaded(window.first()):
+                passed += 1
+                continue
+            passed = 0
+            key = window.first_key
+            assert key is not None
+            taken.append(window.first())
+            window.remove(key)
+            self._drop_if_done(tenant, window)
+        return taken
+
+    def preview(self, count: int) -> list[JobState]:
+        """The next tasks in about the order of `take`, without taking them."""
+        windows = list(self._residents.values())
+        found: list[JobState] = []
+        index = 0
+        while windows and len(found) < count:
+            windows = [window for window in windows if index < len(window)]
+            for window in windows[: count - len(found)]:
+                state = window.state_at(index)
+                assert state is not None
+                found.append(state)
+            index += 1
+        return found
+
+    def hungry(self, limit: int) -> list[tuple[str, Window]]:
+        """Tenants whose window runs low while the store has more."""
+        low = self.window_limit // 4
+        found: list[tuple[str, Window]] = []
+        for tenant, window in self._residents.items():
+            if window.bound is not None and len(window) <= low and not window.is_refilling:
+                found.append((tenant, window))
+                if len(found) >= limit:
+                    break
+        return found
+
+    def admit(self, tenant: str, floor: bytes) -> bool:
+        """A tenant with rows in the store was found; whether it has a window now."""
+        if tenant in self._residents:
+            return True
+        if len(self._residents) >= self._residents_max:
+            return False
+        self._residents[tenant] = Window(floor)
+        return True
+
+    def make_room(self) -> None:
+        """Let the tenants whose turn is farthest away go; the cursor will find them again."""
+        if len(self._residents) < self._residents_max:
+            return
+        for tenant in list(self._residents)[self._residents_max // 2 :]:
+            del self._residents[tenant]
+        self._miss()
+
+    def reached(self, cursor: bytes | None) -> None:
+        """The search for tenants got to `cursor`, or to the end of the group (None)."""
+        if cursor is None and self._has_missed:
+            self._has_missed = False
+            cursor = self.prefix
+        self._turns = 0
+        self.beyond = cursor
+
+    def settle(self, tenant: str) -> None:
+        """After a refill: drop the tenant if it has nothing."""
+        window = self._residents.get(tenant)
+        if window is not None:
+            self._drop_if_done(tenant, window)
+
+    def _miss(self) -> None:
+        self._has_missed = True
+        if self.beyond is None:
+            self.reached(None)
+
+    def _drop_if_done(self, tenant: str, window: Window) -> None:
+        if not len(window) and window.is_complete:
+            del self._residents[tenant]

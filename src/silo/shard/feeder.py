@@ -1,0 +1,195 @@
+"""Keep the heads of the queues in memory: read windows, tenants, counters and jobs ahead.
+
+Each read is owned by the shard, not by the call that wanted it: a caller that goes away
+cancels only its own wait.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+
+from silo.model.job import Job, JobState
+from silo.shard.committer import Committer
+from silo.shard.dispatch import TaskGroupQueue
+from silo.shard.floors import Floors
+from silo.shard.views import Counters, JobCache
+from silo.shard.window import Window
+from silo.storage import codec, keys
+from silo.storage.batch import pending_key
+from silo.storage.store import Store
+
+_LOOKAHEAD_JOBS = 256
+_LOOKAHEAD_BYTES = 16 << 20
+_REFILL_ROWS = 512
+_REFILL_TENANTS = 64  # Windows filled in one step.
+_PAGE_ROWS = 512
+_PAGE_TENANTS = 256
+
+
+class Feeder:
+    """Moves rows from one shard's store into its queues in memory."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        committer: Committer,
+        floors: Floors,
+        counters: Counters,
+        jobs: JobCache,
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self._store = store
+        self._committer = committer
+        self._floors = floors
+        self._counters = counters
+        self._jobs = jobs
+        self._failed = failed
+        self._running: dict[object, asyncio.Task[None]] = {}
+
+    def feed(self, queue: TaskGroupQueue, wanted: int) -> asyncio.Task[None] | None:
+        """Start what brings more of the queue into memory; None when nothing is missing.
+
+        The task is the one to wait for when no task could be taken.
+        """
+        needed: asyncio.Task[None] | None = None
+        name = queue.task_group
+        previewed = queue.preview(max(wanted, _LOOKAHEAD_JOBS))
+        if queue.is_searching:
+            needed = self._start((name, "tenants"), lambda: self._find_tenants(queue))
+        hungry = queue.hungry(_REFILL_TENANTS)
+        if hungry:
+            needed = self._start((name, "refill"), lambda: self._refill_all(queue, hungry))
+        if any(not self.is_loaded(state) for state in previewed[: max(wanted, _LOOKAHEAD_JOBS // 2)]):
+            needed = self._start((name, "jobs"), lambda: self._load(queue, previewed))
+        return needed or self._running.get((name, "refill"))
+
+    def is_loaded(self, state: JobState) -> bool:
+        """Whether the task can be leased without waiting."""
+        return self._jobs.has(state) and self._counters.has(state.tenant)
+
+    async def load_counts(self, tenants: Iterable[str]) -> None:
+        """Make the counters of these tenants available."""
+        missing = sorted({tenant for tenant in tenants if not self._counters.has(tenant)})
+        if missing:
+            rows = [keys.counts_key(tenant) for tenant in missing]
+            for tenant, stored in zip(missing, await self._committer.read(rows), strict=True):
+                self._counters.load(tenant, stored)
+
+    async def refill_timers(self, window: Window) -> None:
+        """Read the next work that is not due yet."""
+        await self._once(
+            "timers", lambda: self._refill(window, keys.TIMERS, keys.range_end(keys.TIMERS))
+        )
+
+    def stop(self) -> None:
+        for task in self._running.values():
+            task.cancel()
+
+    def _start(self, name: object, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+        task = self._running.get(name)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._run(name, work), name=f"feed {name}")
+            self._running[name] = task
+        return task
+
+    async def _once(self, name: object, work: Callable[[], Awaitable[None]]) -> None:
+        await asyncio.wait({self._start(name, work)})
+
+    async def _run(self, name: object, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        except Exception as error:  # The outermost edge of this loop: the shard stops with the reason.
+            self._failed(error)
+        finally:
+            del self._running[name]
+
+    async def _refill_all(self, queue: TaskGroupQueue, windows: list[tuple[str, Window]]) -> None:
+        for tenant, window in windows:
+            if window.is_complete or queue.window(tenant) is not window:
+                continue
+            prefix = keys.queue_prefix(queue.task_group, tenant)
+            await self._refill(window, prefix, keys.range_end(prefix))
+            queue.settle(tenant)
+
+    async def _refill(self, window: Window, prefix: bytes, end: bytes) -> None:
+        outstanding = self._committer.outstanding(window.bound or prefix, end)
+        start = window.begin_refill({key: _state(value) for key, value in outstanding.items()})
+        try:
+            stored = await self._store.scan(start, end, limit=_REFILL_ROWS)
+        except BaseException:
+            window.abandon_refill()
+            raise
+        rows = [(key, codec.decode(JobState, value)) for key, value in stored]
+        window.finish_refill(rows, is_exhausted=len(stored) < _REFILL_ROWS)
+        first = window.first_key
+        if window.is_complete:
+            self._floors.drop(prefix, self._committer.rows)
+        elif first is not None:
+            self._floors.raise_to(prefix, first, self._committer.rows)
+
+    async def _load(self, queue: TaskGroupQueue, states: list[JobState]) -> None:
+        await self.load_counts(state.tenant for state in states)
+        missing: list[JobState] = []
+        size = 0
+        for state in states:
+            if self._jobs.has(state):
+                continue
+            size += state.payload_bytes
+            if missing and size > _LOOKAHEAD_BYTES:
+                break
+            missing.append(state)
+        rows = [keys.job_key(state.tenant, state.job_id) for state in missing]
+        for state, value in zip(missing, await self._committer.read(rows), strict=True):
+            if value is not None:
+                self._jobs.put(codec.decode(Job, value))
+            else:
+                self._discard(queue, state)
+
+    def _discard(self, queue: TaskGroupQueue, state: JobState) -> None:
+        """A queue row without a job must not hold up the work behind it."""
+        key = pending_key(state)
+        window = queue.window(state.tenant)
+        if window is not None and key in window:
+            self._committer.rows[key] = None
+            queue.remove(key, state.tenant)
+
+    async def _find_tenants(self, queue: TaskGroupQueue) -> None:
+        """Advance the cursor over at most a page of tenants that have rows."""
+        queue.make_room()
+        cursor = queue.beyond
+        if cursor is None:
+            return
+        for tenant in self._outstanding_tenants(queue):
+            if not queue.admit(tenant, self._floors.start(keys.queue_prefix(queue.task_group, tenant))):
+                break
+        found = 0
+        while found < _PAGE_TENANTS:
+            skips = [item for item in self._floors.known(queue.prefix) if item[0] >= cursor]
+            end = skips[0][0] if skips else queue.end
+            rows = await self._store.scan(cursor, end, limit=_PAGE_ROWS)
+            if not rows and not skips:
+                queue.reached(None)
+                return
+            if not rows:
+                rows = [skips[0]]  # A tenant with a floor: its rows start there, not at its prefix.
+            for key, _ in rows:
+                if key < cursor:
+                    continue
+                tenant, _end = keys.read_text(key, len(queue.prefix))
+                prefix = keys.queue_prefix(queue.task_group, tenant)
+                if not queue.admit(tenant, self._floors.start(prefix)):
+                    queue.reached(cursor)
+                    return
+                found += 1
+                cursor = keys.range_end(prefix)
+        queue.reached(cursor)
+
+    def _outstanding_tenants(self, queue: TaskGroupQueue) -> set[str]:
+        rows = self._committer.outstanding(queue.prefix, queue.end)
+        return {
+            keys.read_text(key, len(queue.prefix))[0] for key, value in rows.items() if value is not None
+        }
+
+
+def _state(value: bytes | None) -> JobState | None:
+    return None if value is None else codec.decode(JobState, value)

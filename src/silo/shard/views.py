@@ -1,0 +1,177 @@
+"""What a shard keeps in memory beside its queues: leases, counters, and jobs about to run."""
+
+import heapq
+from collections.abc import Iterable
+
+from silo.model.counts import ShardTotals, TenantCounts
+from silo.model.job import Job, JobState, JobStatus
+from silo.shard.committer import Rows
+from silo.storage import codec, keys
+
+TENANT_COUNTS_MAX = 100_000
+JOB_CACHE_BYTES_MAX = 64 << 20
+_JOB_OVERHEAD_BYTES = 600
+
+
+class Leases:
+    """Running attempts by task id, and when each one expires.
+
+    Heartbeats move an expiry in memory only: after a restart every lease gets a
+    full lease time, so no worker loses its task by it.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[str, JobState] = {}
+        self._expiries: dict[str, int] = {}
+        self._order: list[tuple[int, str]] = []  # May name a time that a heartbeat has moved.
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def get(self, task_id: str) -> JobState | None:
+        return self._states.get(task_id)
+
+    def expiry_ms(self, task_id: str) -> int:
+        return self._expiries[task_id]
+
+    def put(self, state: JobState, expiry_ms: int) -> None:
+        """A lease was granted, or its job's state changed while it runs."""
+        assert state.lease is not None, "only leased work is kept here"
+        task_id = state.lease.task_id
+        self._states[task_id] = state
+        if task_id not in self._expiries:
+            self._expiries[task_id] = expiry_ms
+            heapq.heappush(self._order, (expiry_ms, task_id))
+
+    def extend(self, task_id: str, expiry_ms: int) -> None:
+        self._expiries[task_id] = expiry_ms
+
+    def drop(self, task_id: str) -> None:
+        del self._states[task_id]
+        del self._expiries[task_id]
+
+    def next_expiry_ms(self) -> int | None:
+        """When the next lease may expire; None without leases."""
+        order = self._order
+        while order:
+            at_ms, task_id = order[0]
+            expiry_ms = self._expiries.get(task_id)
+            if expiry_ms == at_ms:
+                return at_ms
+            heapq.heappop(order)
+            if expiry_ms is not None:
+                heapq.heappush(order, (expiry_ms, task_id))
+        return None
+
+    def expired(self, now_ms: int, limit: int) -> list[JobState]:
+        """At most `limit` leases that have run out; they stay until dropped."""
+        found: list[JobState] = []
+        seen: list[tuple[int, str]] = []
+        while len(found) < limit and (at_ms := self.next_expiry_ms()) is not None and at_ms <= now_ms:
+            entry = heapq.heappop(self._order)
+            seen.append(entry)
+            found.append(self._states[entry[1]])
+        for entry in seen:
+            heapq.heappush(self._order, entry)
+        return found
+
+
+class Counters:
+    """Job counts. Those of tenants are loaded on demand, and kept while they matter."""
+
+    def __init__(self, totals: ShardTotals) -> None:
+        self.totals = totals
+        self._tenants: dict[str, TenantCounts] = {}
+        self._dirty: set[str] = set()
+        self._totals_are_dirty = False
+
+    def has(self, tenant: str) -> bool:
+        return tenant in self._tenants
+
+    def get(self, tenant: str) -> TenantCounts:
+        return self._tenants[tenant]
+
+    def load(self, tenant: str, stored: bytes | None) -> None:
+        if tenant not in self._tenants:
+            self._tenants[tenant] = codec.decode(TenantCounts, stored) if stored else TenantCounts()
+
+    def move(self, tenant: str, before: JobStatus | None, after: JobStatus | None) -> None:
+        """One job of `tenant` went from one status to another; None stands for "does not exist"."""
+        if before is after:
+            return
+        self._tenants[tenant] = self._tenants[tenant].moved(before, after)
+        self._dirty.add(tenant)
+        born = (after is not None) - (before is not None)
+        ended = (after is not None and after.is_terminal) - (before is not None and before.is_terminal)
+        if born or ended:
+            self.totals = ShardTotals(
+                self.totals.total_jobs + born, self.totals.completed_jobs + ended
+            )
+            self._totals_are_dirty = True
+
+    def seal(self, rows: Rows) -> None:
+        """Add the counters that changed since the last group to this one."""
+        for tenant in self._dirty:
+            counts = self._tenants[tenant]
+            rows[keys.counts_key(tenant)] = None if counts.is_empty else codec.encode(counts)
+        self._dirty.clear()
+        if self._totals_are_dirty:
+            rows[keys.TOTALS] = codec.encode(self.totals)
+            self._totals_are_dirty = False
+
+    def trim(self) -> None:
+        """Forget tenants over the bound, oldest first. Call when nothing is dirty and all is durable."""
+        excess = len(self._tenants) - TENANT_COUNTS_MAX
+        if excess > 0 and not self._dirty:
+            for tenant in list(self._tenants)[:excess]:
+                del self._tenants[tenant]
+
+
+class JobCache:
+    """Descriptions of jobs that will run soon, within a bound in bytes; oldest leave first."""
+
+    def __init__(self, bytes_max: int = JOB_CACHE_BYTES_MAX) -> None:
+        self._jobs: dict[tuple[str, str], Job] = {}
+        self._bytes = 0
+        self._bytes_max = bytes_max
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def get(self, tenant: str, job_id: str) -> Job | None:
+        return self._jobs.get((tenant, job_id))
+
+    def has(self, state: JobState) -> bool:
+        return (state.tenant, state.job_id) in self._jobs
+
+    def has_room(self, job: Job) -> bool:
+        return self._bytes + len(job.payload) + _JOB_OVERHEAD_BYTES <= self._bytes_max
+
+    def put(self, job: Job) -> None:
+        key = (job.tenant, job.id)
+        if key in self._jobs:
+            return
+        self._jobs[key] = job
+        self._bytes += len(job.payload) + _JOB_OVERHEAD_BYTES
+        while self._bytes > self._bytes_max and len(self._jobs) > 1:
+            self.drop(*next(iter(self._jobs)))
+
+    def drop(self, tenant: str, job_id: str) -> None:
+        job = self._jobs.pop((tenant, job_id), None)
+        if job is not None:
+            self._bytes -= len(job.payload) + _JOB_OVERHEAD_BYTES
+
+    def pop(self, state: JobState) -> Job:
+        job = self._jobs[state.tenant, state.job_id]
+        self.drop(state.tenant, state.job_id)
+        return job
+
+
+def leases_from(rows: Iterable[tuple[bytes, bytes]], *, grace_until_ms: int) -> Leases:
+    """The leases that stood when the shard was last open, each valid at least until `grace_until_ms`."""
+    leases = Leases()
+    for _, value in rows:
+        state = codec.decode(JobState, value)
+        assert state.lease is not None, "a lease row holds a leased state"
+        leases.put(state, max(state.lease.expiry_ms, grace_until_ms))
+    return leases

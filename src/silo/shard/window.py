@@ -1,0 +1,116 @@
+"""The head of an ordered range of rows, kept in memory.
+
+A backlog lives in the store; of each range only the smallest keys are in memory.
+
+Invariants:
+    HEAD      every row of the range with a key below `bound` is in the window, and no other.
+    COMPLETE  `bound` is None when the range has no further rows.
+
+A refill reads the store from `bound` on. Rows written while it reads are noted in a
+journal and applied to what it found, so the read needs no lock.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Mapping
+
+from silo.model.job import JobState
+
+
+class Window:
+    """The smallest rows of one range, by key. Pure: it never touches the store."""
+
+    def __init__(self, start: bytes | None) -> None:
+        """Empty; the store may hold rows from `start` on, or none at all when it is None."""
+        self._keys: list[bytes] = []
+        self._states: dict[bytes, JobState] = {}
+        self.bound = start
+        self._journal: dict[bytes, JobState | None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._states
+
+    def __repr__(self) -> str:
+        return f"Window({len(self._keys)} rows, bound={self.bound!r})"
+
+    @property
+    def is_complete(self) -> bool:
+        return self.bound is None
+
+    @property
+    def is_refilling(self) -> bool:
+        return self._journal is not None
+
+    @property
+    def first_key(self) -> bytes | None:
+        return self._keys[0] if self._keys else None
+
+    def first(self) -> JobState:
+        return self._states[self._keys[0]]
+
+    def head(self, count: int) -> list[JobState]:
+        return [self._states[key] for key in self._keys[:count]]
+
+    def state_at(self, index: int) -> JobState | None:
+        return self._states[self._keys[index]] if index < len(self._keys) else None
+
+    def insert(self, key: bytes, state: JobState, *, limit: int) -> bool:
+        """Add a row that was just written; whether it is in the window now.
+
+        Over twice `limit` rows the larger ones leave: they are in the store.
+        """
+        if self.bound is not None and key >= self.bound:
+            if self._journal is not None:
+                self._journal[key] = state
+            return False
+        if self._keys and key < self._keys[-1]:
+            insort(self._keys, key)
+        else:
+            self._keys.append(key)
+        self._states[key] = state
+        if len(self._keys) > 2 * limit:
+            self._trim(limit)
+        return True
+
+    def remove(self, key: bytes) -> None:
+        """Forget a row that was just deleted."""
+        if self._states.pop(key, None) is not None:
+            del self._keys[bisect_left(self._keys, key)]
+        elif self._journal is not None and self.bound is not None and key >= self.bound:
+            self._journal[key] = None
+
+    def _trim(self, limit: int) -> None:
+        self.bound = self._keys[limit]
+        for key in self._keys[limit:]:
+            del self._states[key]
+        del self._keys[limit:]
+        self._journal = None  # A refill under way started behind the new bound: it is void.
+
+    def begin_refill(self, outstanding: Mapping[bytes, JobState | None]) -> bytes:
+        """Start reading at the key this returns. `outstanding`: writes the store may not show yet."""
+        assert self.bound is not None, "a complete window needs no refill"
+        self._journal = dict(outstanding)
+        return self.bound
+
+    def finish_refill(self, rows: list[tuple[bytes, JobState]], *, is_exhausted: bool) -> None:
+        """Take in what the store showed from `bound` on, corrected by what was written since."""
+        if self._journal is None:
+            return
+        journal, self._journal = self._journal, None
+        found = dict(rows)
+        bound = None if is_exhausted else rows[-1][0] + b"\0"
+        for key, state in journal.items():
+            if bound is not None and key >= bound:
+                continue
+            if state is None:
+                found.pop(key, None)
+            else:
+                found[key] = state
+        self._keys.extend(sorted(found))
+        self._states.update(found)
+        self.bound = bound
+
+    def abandon_refill(self) -> None:
+        self._journal = None

@@ -1,0 +1,43 @@
+"""Records to bytes and back. The first byte of a record is its format version.
+
+Fields are stored by position: new ones come last, with a default, and a stored
+meaning never changes in place. Old records stay readable.
+"""
+
+from typing import TypeVar
+
+import msgspec
+
+from silo.errors import StoreCorrupt
+from silo.model.attempt import Attempt
+from silo.model.job import Job, JobState
+from silo.model.counts import ShardTotals, TenantCounts
+
+_VERSION = b"\x01"
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders = {
+    kind: msgspec.msgpack.Decoder(kind) for kind in (Job, JobState, Attempt, TenantCounts, ShardTotals, int, bytes)
+}
+
+Record = TypeVar("Record", Job, JobState, Attempt, TenantCounts, ShardTotals, int, bytes)
+
+
+def encode(record: Job | JobState | Attempt | TenantCounts | ShardTotals | int | bytes) -> bytes:
+    """The bytes of `record`. Equal records have equal bytes."""
+    return _VERSION + _encoder.encode(record)
+
+
+def decode(kind: type[Record], value: bytes) -> Record:
+    """The record in `value`.
+
+    Raises:
+        StoreCorrupt: the bytes are no record of this kind, or of a newer version.
+    """
+    if value[:1] != _VERSION:
+        raise StoreCorrupt("record has an unknown version", kind=kind.__name__, version=value[:1].hex())
+    try:
+        record: Record = _decoders[kind].decode(memoryview(value)[1:])  # type: ignore[attr-defined]  # One decoder per kind.
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise StoreCorrupt("record does not decode", kind=kind.__name__) from error
+    return record

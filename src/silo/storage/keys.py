@@ -1,0 +1,133 @@
+"""The key of every record and index row. Encoding preserves order.
+
+A key is a family byte followed by parts. Text is UTF-8 with 0x00 escaped as
+`00 FF` and closed by `00 00`, so that shorter text sorts before longer text with
+the same start and no part runs into the next one. Times are eight bytes, big
+endian; negative times are kept as 0. Families:
+
+    j  tenant, job id, kind       job description, state, ended attempts
+    i  tenant, status, time ↓, job id      status index, newest first
+    m  tenant, key, value, job id          metadata index
+    q  task group, tenant, deadline, priority, job id      due work
+    t  due time, tenant, job id            work that is not due yet
+    l  task id                             leases
+    c  tenant                              job counts by status
+    w  range prefix                        floor: no live row of the range lies before it
+    s  name                                facts about the shard
+"""
+
+import struct
+from functools import lru_cache
+
+_TIME = struct.Struct(">Q")
+_NUMBER = struct.Struct(">I")
+_TIME_MAX = (1 << 63) - 1
+
+_STATE = b"\x00"
+_JOB = b"\x01"
+_ATTEMPT = b"\x02"
+
+TIMERS = b"t"
+LEASES = b"l"
+FLOORS = b"w"
+CREATED_AT = b"screated_at"
+TOTALS = b"stotals"
+
+
+@lru_cache(maxsize=16_384)  # A lifecycle encodes the same few names over and over.
+def _text(value: str) -> bytes:
+    raw = value.encode()
+    if b"\0" in raw:
+        raw = raw.replace(b"\0", b"\0\xff")
+    return raw + b"\0\0"
+
+
+def _time(at_ms: int) -> bytes:
+    return _TIME.pack(at_ms if 0 <= at_ms <= _TIME_MAX else 0 if at_ms < 0 else _TIME_MAX)
+
+
+def _job_prefix(tenant: str, job_id: str) -> bytes:
+    return b"j" + _text(tenant) + _text(job_id)
+
+
+def state_key(tenant: str, job_id: str) -> bytes:
+    return _job_prefix(tenant, job_id) + _STATE
+
+
+def job_key(tenant: str, job_id: str) -> bytes:
+    return _job_prefix(tenant, job_id) + _JOB
+
+
+def attempt_key(tenant: str, job_id: str, attempt_number: int) -> bytes:
+    return _job_prefix(tenant, job_id) + _ATTEMPT + _NUMBER.pack(attempt_number)
+
+
+def status_index_key(tenant: str, status: int, at_ms: int, job_id: str) -> bytes:
+    newest_first = _TIME.pack(_TIME_MAX - min(max(at_ms, 0), _TIME_MAX))
+    return b"i" + _text(tenant) + bytes((status,)) + newest_first + _text(job_id)
+
+
+def metadata_index_key(tenant: str, name: str, value: str, job_id: str) -> bytes:
+    return b"m" + _text(tenant) + _text(name) + _text(value) + _text(job_id)
+
+
+def queue_group_prefix(task_group: str) -> bytes:
+    return b"q" + _text(task_group)
+
+
+def queue_prefix(task_group: str, tenant: str) -> bytes:
+    return b"q" + _text(task_group) + _text(tenant)
+
+
+def queue_key(task_group: str, tenant: str, deadline_ms: int, priority: int, job_id: str) -> bytes:
+    return queue_prefix(task_group, tenant) + _time(deadline_ms) + bytes((priority,)) + _text(job_id)
+
+
+def timer_key(due_ms: int, tenant: str, job_id: str) -> bytes:
+    return TIMERS + _time(due_ms) + _text(tenant) + _text(job_id)
+
+
+def lease_key(task_id: str) -> bytes:
+    return LEASES + task_id.encode()
+
+
+def counts_key(tenant: str) -> bytes:
+    return b"c" + _text(tenant)
+
+
+def floor_key(prefix: bytes) -> bytes:
+    return FLOORS + prefix
+
+
+def range_end(prefix: bytes) -> bytes:
+    """The first key after all keys that start with `prefix`.
+
+    Raises:
+        ValueError: `prefix` is empty or all 0xFF, so nothing lies after it.
+    """
+    trimmed = prefix.rstrip(b"\xff")
+    if not trimmed:
+        raise ValueError("no key lies after this prefix")
+    return trimmed[:-1] + bytes((trimmed[-1] + 1,))
+
+
+def after(key: bytes) -> bytes:
+    """The smallest key greater than `key`."""
+    return key + b"\0"
+
+
+def read_text(key: bytes, at: int) -> tuple[str, int]:
+    """The text part that starts at `at`, and where the next part starts.
+
+    Raises:
+        ValueError: no closed text part is there.
+    """
+    end = at
+    while True:
+        end = key.index(b"\0", end)
+        if key[end + 1 : end + 2] != b"\xff":
+            break
+        end += 2
+    if key[end + 1 : end + 2] != b"\0":
+        raise ValueError("a text part is not closed")
+    return key[at:end].replace(b"\0\xff", b"\0").decode(), end + 2

@@ -1,0 +1,48 @@
+"""What a shard needs from storage, as a promise that every implementation keeps."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeAlias
+
+Batch: TypeAlias = Mapping[bytes, bytes | None]
+"""Key to value; None deletes the key. One key appears once, so order within a batch has no meaning."""
+
+Row: TypeAlias = tuple[bytes, bytes]
+
+
+class Store(Protocol):
+    """One shard's ordered key space. One writer; keys sort as bytes and are never empty.
+
+    Every call raises `StoreFenced` when another writer has opened the same store,
+    `StoreUnavailable` when the store cannot answer, and `StoreCorrupt` when
+    stored bytes do not decode. After `close` every call raises `StoreUnavailable`.
+    """
+
+    async def get(self, key: bytes) -> bytes | None:
+        """The value of `key`, or None. Sees every write that has returned."""
+
+    async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The values of `keys`, in their order; cheaper than as many `get`s."""
+
+    async def scan(self, start: bytes, end: bytes, *, limit: int) -> list[Row]:
+        """At most `limit` rows with `start <= key < end`, ascending.
+
+        Fewer rows than `limit` mean that the range is exhausted. Sees every write that
+        returned before the call; a write made meanwhile may be seen, or in part, or not.
+        """
+
+    async def write(self, batch: Batch) -> None:
+        """Apply the whole batch or none of it; return once it is durable at the store's level.
+
+        Batches take effect in the order of the calls. The store owns `batch`
+        from here on. A caller cancelled while waiting does not know the outcome.
+
+        Raises:
+            StoreFenced: another writer opened this store. Close; do not retry.
+            StoreUnavailable: the outcome is unknown. Reopen to learn it.
+        """
+
+    async def flush(self) -> None:
+        """Move what the write-ahead log holds into sorted tables in the object store."""
+
+    async def close(self) -> None:
+        """Flush and release. Closing twice is harmless. A fenced store closes without an error."""

@@ -178,7 +178,9 @@ def _read_section(name: str, type_: type[Section], table: object) -> Section:
             values[key] = msgspec.convert(value, fields[key])
         except msgspec.ValidationError as error:
             full = f"{name}.{key}"
-            raise ConfigError(f"{full} = {_shown(full, value)} is wrong; {_fix(fields[key], value)}") from error
+            raise ConfigError(
+                f"{full} = {_shown(full, value)} is wrong; {_fix(fields[key], value)}"
+            ) from error
     return type_(**values)
 
 

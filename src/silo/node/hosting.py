@@ -7,12 +7,11 @@ shard is away its callers are told to try again; the other shards do not notice.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from random import Random
-from typing import NoReturn
 
 from silo.clock import Clock
-from silo.errors import InvalidRequest, ShardClosed, SiloError, StoreFenced
+from silo.errors import Overloaded, ShardClosed, SiloError, StoreError
 from silo.model.job import LeasedTask
 from silo.model.shards import ShardInfo
 from silo.node.layout import Layout, Storage
@@ -23,8 +22,256 @@ from silo.telemetry.logging import Log
 REOPEN_DELAY_MIN_S = 0.05
 REOPEN_DELAY_MAX_S = 5.0
 CLOSE_TIMEOUT_S = 25.0  # With the drain of the listener before it: 30 s in all.
-_STEADY_S = 60.0  # A shard that was open this long is reopened without delay.
+_STEADY_S = 60.0  # A shard that was open this long is reopened after the shortest delay again.
+
+log = Log("silo.node.hosting")
 
 
 class HostedNode:
-    """A node that owns every shard of its data root. Implements `Node`."""
+    """A node that owns every shard of its data root. Implements `Node`; made by `host_shards`."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        advertised_addr: str,
+        tenancy_enabled: bool,
+        dev_mode: bool,
+        storage: Storage,
+        clock: Clock,
+        rng: Random,
+        options: ShardOptions,
+    ) -> None:
+        self.node_id = layout.node_id
+        self.advertised_addr = advertised_addr
+        self.tenancy_enabled = tenancy_enabled
+        self.dev_mode = dev_mode
+        self._shard_map = {info.shard_id: info for info in layout.shards}
+        self._storage = storage
+        self._clock = clock
+        self._rng = rng
+        self._options = options
+        self._open: dict[str, Shard] = {}
+        self._opened: set[Callable[[], None]] = set()  # Called when a shard has opened.
+        self._keepers: list[asyncio.Task[None]] = []
+        self._stop = asyncio.Event()
+        self._is_closing = False
+        self._turn = asyncio.Lock()  # Held by whoever starts or stops the keepers.
+        self._reset: asyncio.Task[int] | None = None
+
+    def __repr__(self) -> str:
+        return f"HostedNode({self.node_id}, {len(self._open)} of {len(self._shard_map)} shards open)"
+
+    def shard_map(self) -> Sequence[ShardInfo]:
+        return list(self._shard_map.values())
+
+    def shard(self, shard_id: str) -> Shard:
+        """The open shard `shard_id`.
+
+        Raises:
+            ShardNotFound: there is no such shard.
+            ShardClosed: it is being opened; try again.
+        """
+        shard = self._open.get(shard_id)
+        if shard is not None:
+            return shard
+        if shard_id not in self._shard_map:
+            raise ShardNotFound(shard_id)
+        raise ShardClosed("shard not ready: acquisition in progress", shard=shard_id)
+
+    def open_shards(self) -> Sequence[Shard]:
+        return list(self._open.values())
+
+    async def lease_anywhere(
+        self, *, worker_id: str, task_group: str, max_tasks: int, wait_ms: int
+    ) -> list[tuple[str, LeasedTask]]:
+        """Lease up to `max_tasks` tasks with the ids of their shards, waiting up to `wait_ms` for the first.
+
+        Shards are asked in random order, and one that fails is passed over. A caller that
+        goes away while it waits leaves nothing behind; tasks it had already taken run into
+        their leases' ends.
+        """
+        deadline_ms = self._clock.now_ms() + wait_ms
+        taken = await self._lease_ready(worker_id, task_group, max_tasks)
+        while not taken and max_tasks > 0 and not self._is_closing and self._clock.now_ms() < deadline_ms:
+            woken = asyncio.Event()
+            with ExitStack() as watching:
+                # Watch first and look afterwards: work that comes in between is not missed.
+                self._opened.add(woken.set)
+                watching.callback(self._opened.discard, woken.set)
+                for shard in self._open.values():
+                    watching.callback(shard.on_work(task_group, woken.set))
+                watching.callback(self._clock.call_at(deadline_ms, woken.set).cancel)
+                taken = await self._lease_ready(worker_id, task_group, max_tasks)
+                if not taken:
+                    await woken.wait()
+        return taken
+
+    async def _lease_ready(
+        self, worker_id: str, task_group: str, max_tasks: int
+    ) -> list[tuple[str, LeasedTask]]:
+        taken: list[tuple[str, LeasedTask]] = []
+        shards = list(self._open.values())
+        self._rng.shuffle(shards)
+        for shard in shards:
+            if len(taken) >= max_tasks:
+                break
+            try:
+                tasks = await shard.lease_tasks(
+                    worker_id=worker_id, task_group=task_group, max_tasks=max_tasks - len(taken)
+                )
+            except (ShardClosed, StoreError, Overloaded):
+                continue
+            taken += [(shard.shard_id, task) for task in tasks]
+        return taken
+
+    async def reset_shards(self) -> int:
+        """Delete everything in all shards; how many were emptied. Goes on when the caller does not.
+
+        Raises:
+            StoreError: the storage failed; some shards may be emptied and some not.
+        """
+        if self._reset is None or self._reset.done():
+            self._reset = asyncio.create_task(self._empty(), name="reset shards")
+        return await asyncio.shield(self._reset)
+
+    async def _empty(self) -> int:
+        async with self._turn:
+            await self._stop_keepers()
+            try:
+                for shard_id in self._shard_map:
+                    await self._storage.destroy(shard_id)
+            finally:
+                if not self._is_closing:
+                    await self._start_keepers()
+        return len(self._shard_map)
+
+    # Life cycle
+
+    async def start(self) -> None:
+        """Begin to open all shards; return once each was opened or has failed once."""
+        async with self._turn:
+            await self._start_keepers()
+
+    async def close(self) -> None:
+        """Close all shards. What was acknowledged is durable either way."""
+        self._is_closing = True
+        for wake in list(self._opened):
+            wake()
+        async with self._turn:
+            await self._stop_keepers()
+        if self._reset is not None:
+            await asyncio.wait({self._reset})
+
+    async def _start_keepers(self) -> None:
+        self._stop = asyncio.Event()
+        tried = []
+        for info in self._shard_map.values():
+            first = asyncio.Event()
+            keeper = self._keep_open(info, Random(self._rng.getrandbits(128)), self._stop, first)
+            self._keepers.append(asyncio.create_task(keeper, name=f"keep open {info.shard_id}"))
+            tried.append(first.wait())
+        await asyncio.gather(*tried)
+
+    async def _stop_keepers(self) -> None:
+        self._stop.set()
+        if self._keepers:
+            _, late = await asyncio.wait(self._keepers, timeout=CLOSE_TIMEOUT_S)
+            for keeper in late:
+                log.error("shard did not close in time", task=keeper.get_name())
+                keeper.cancel()
+            if late:
+                await asyncio.wait(late, timeout=1.0)
+        self._keepers.clear()
+
+    async def _keep_open(
+        self, info: ShardInfo, rng: Random, stop: asyncio.Event, first: asyncio.Event
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        shard_log = log.bind(node_id=self.node_id, shard_id=info.shard_id)
+        delay_s = REOPEN_DELAY_MIN_S
+        while not stop.is_set():
+            began_s = loop.time()
+            try:
+                reason = await self._host(info, rng, stop, first)
+                steady = loop.time() - began_s >= _STEADY_S
+                delay_s = REOPEN_DELAY_MIN_S if steady else delay_s
+                if stop.is_set():
+                    break
+                if "fenced" in reason:
+                    shard_log.error("shard taken by another writer: reopening", reason=reason)
+                else:
+                    shard_log.warning("shard stopped: reopening", reason=reason)
+            except (SiloError, OSError, TimeoutError) as error:
+                shard_log.error("shard not opened or closed cleanly: trying again", reason=str(error))
+            except Exception as error:  # The outermost edge of a shard's life: the others go on.
+                shard_log.error("shard failed: trying again", reason=str(error), exc_info=error)
+            finally:
+                first.set()
+            await _set_within(stop, delay_s)
+            delay_s = min(REOPEN_DELAY_MAX_S, 2 * delay_s)
+
+    async def _host(self, info: ShardInfo, rng: Random, stop: asyncio.Event, first: asyncio.Event) -> str:
+        """Serve one shard until it or the node stops; why it stopped."""
+        store = await self._storage.open(info.shard_id)
+        shard = await Shard.open(
+            shard_id=info.shard_id,
+            range=info.range,
+            store=store,
+            clock=self._clock,
+            rng=rng,
+            options=self._options,
+        )
+        closed = asyncio.create_task(shard.wait_closed(), name=f"watch {info.shard_id}")
+        stopping = asyncio.create_task(stop.wait(), name=f"stop {info.shard_id}")
+        try:
+            self._open[info.shard_id] = shard
+            first.set()
+            for wake in list(self._opened):
+                wake()
+            await asyncio.wait({closed, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del self._open[info.shard_id]
+            closed.cancel()
+            stopping.cancel()
+            await asyncio.wait({closed, stopping})
+            await shard.close()
+        return closed.result() if not closed.cancelled() else "the node stops"
+
+
+@asynccontextmanager
+async def host_shards(
+    layout: Layout,
+    *,
+    advertised_addr: str,
+    tenancy_enabled: bool,
+    dev_mode: bool,
+    storage: Storage,
+    clock: Clock,
+    rng: Random,
+    options: ShardOptions,
+) -> AsyncIterator[HostedNode]:
+    """Host the shards of `layout` while the block runs."""
+    node = HostedNode(
+        layout,
+        advertised_addr=advertised_addr,
+        tenancy_enabled=tenancy_enabled,
+        dev_mode=dev_mode,
+        storage=storage,
+        clock=clock,
+        rng=rng,
+        options=options,
+    )
+    try:
+        await node.start()
+        yield node
+    finally:
+        await node.close()
+
+
+async def _set_within(event: asyncio.Event, timeout_s: float) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return

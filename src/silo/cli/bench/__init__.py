@@ -1,8 +1,9 @@
 """`silo bench`: figures of this machine, one JSON object a run."""
 
-import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
+
+import uvloop
 
 from silo.cli.bench import engine, network
 from silo.cli.bench.measure import machine_facts
@@ -25,7 +26,7 @@ def run(name: str, *, jobs: int | None = None, as_json: bool = False) -> None:
         KeyError: there is no bench of this name.
     """
     bench, _ = BENCHES[name]
-    figures = asyncio.run(_measured(name, bench, jobs))
+    figures = uvloop.run(_measured(name, bench, jobs))
     if as_json:
         print(json.dumps(figures))
     else:

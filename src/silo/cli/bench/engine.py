@@ -21,7 +21,7 @@ from silo.storage.slate import SlateStorage
 
 _PAYLOAD = b"x" * 100
 _GROUP = "bench"
-_PRODUCERS = 200
+_PRODUCERS = 400
 _WORKERS = 4
 _LEASE = 50
 
@@ -56,7 +56,7 @@ async def _enqueue(shard: Shard, count: int, tenant: str = DEFAULT_TENANT) -> No
 
 async def _lease(shard: Shard, worker: str, count: int = _LEASE) -> list[LeasedTask]:
     return await shard.lease_tasks(
-        worker_id=worker, task_group=_GROUP, max_tasks=count, wait_ms=1000
+        worker_id=worker, task_group=_GROUP, max_tasks=count, wait_ms=20
     )
 
 

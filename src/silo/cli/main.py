@@ -1,0 +1,185 @@
+"""`silo`: the command line."""
+
+import asyncio
+import errno
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from silo.config import Config, load_config
+from silo.errors import ConfigError, SiloError
+from silo.telemetry.logging import set_up_logging
+
+if TYPE_CHECKING:
+    from silo.node.serve import Ready
+
+app = typer.Typer(
+    name="silo",
+    help="A durable job queue whose only store is object storage.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+# The commands import what they run when they run, so that `silo --help` answers at once.
+# ruff: noqa: PLC0415
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"silo {version('silo-queue')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def server(
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="TOML file; defaults without.")
+    ] = None,
+    grpc_addr: Annotated[str | None, typer.Option(help="Address to serve, as 127.0.0.1:7450.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder on this machine for the data.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log at debug level.")] = False,
+) -> None:
+    """Run a server until it is told to stop."""
+    overrides: dict[str, object] = {}
+    if grpc_addr is not None:
+        overrides["server.grpc_addr"] = grpc_addr
+    if data is not None:
+        overrides |= {"database.backend": "fs", "database.path": f"{data.absolute()}/%shard%"}
+    try:
+        settings = load_config(config, os.environ, overrides=overrides)
+        set_up_logging(settings.logging.format, levels="debug" if verbose else os.environ.get("SILO_LOG"))
+    except (ConfigError, ValueError) as error:
+        _fail(f"Config error: {error}")
+
+    from silo.node.serve import Ready, serve
+    from silo.rpc.server import listen
+
+    def greet(ready: "Ready") -> None:
+        _greet(settings, ready)
+
+    try:
+        _run(lambda: serve(settings, listen, on_ready=greet))
+    except ConfigError as error:
+        _fail(f"Config error: {error}")
+    except (SiloError, OSError) as error:
+        _fail(_start_failure(settings, error))
+
+
+@app.command()
+def worker(
+    handler: Annotated[str, typer.Argument(metavar="MODULE:OBJECT", help="The function that runs jobs.")],
+    task_group: Annotated[str, typer.Option(help="The task group to poll.")],
+    concurrency: Annotated[int, typer.Option(min=1, help="Jobs to run at the same time.")] = 10,
+    server: Annotated[list[str] | None, typer.Option(help="Address of a server; repeatable.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Tenant, where tenancy is enabled.")] = None,
+) -> None:
+    """Run jobs of a task group with a function of yours."""
+    from silo.cli.worker import run_worker
+
+    set_up_logging("text", levels=os.environ.get("SILO_LOG"))
+    try:
+        run_worker(
+            handler,
+            task_group=task_group,
+            concurrency=concurrency,
+            servers=server or ["127.0.0.1:7450"],
+            tenant=tenant,
+        )
+    except (SiloError, OSError) as error:
+        _fail(f"Error: {error}")
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Which one; an unknown name lists them.")],
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="How many jobs; each bench has its default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Measure Silo on this machine."""
+    from silo.cli.bench import BENCHES, run
+
+    if name not in BENCHES:
+        raise typer.BadParameter(f"there is no bench {name!r}; known are: {', '.join(BENCHES)}")
+    run(name, jobs=jobs, as_json=as_json)
+
+
+@app.command()
+def demo() -> None:
+    """Start a server on local files, enqueue work, run it and show what happens."""
+    from silo.cli.demo import run
+
+    raise typer.Exit(run())
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    app()
+
+
+def _run(start: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    try:
+        from uvloop import new_event_loop
+    except ImportError:  # Not on every platform, and nothing depends on it but speed.
+        new_event_loop = None
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(start())
+
+
+def _greet(config: Config, ready: "Ready") -> None:
+    database = config.database
+    promise = {
+        "flushed": "flushed (acknowledged once it is on the disk or in the object store)",
+        "buffered": f"buffered (a crash may lose the last {database.flush_interval_ms} ms)",
+    }[database.durability]
+    if database.backend == "memory":
+        promise = "none (memory: gone when the server stops)"
+    lines = (
+        f"Silo serves gRPC on {ready.address} ({ready.shards} shards)",
+        f"  data        {database.root}",
+        f"  durability  {promise}",
+        f"  enqueue     silo.client.Client({ready.address!r}), as the README shows",
+        "  stop        Ctrl-C",
+    )
+    typer.echo("\n".join(lines))
+    sys.stdout.flush()
+
+
+def _start_failure(config: Config, error: SiloError | OSError) -> str:
+    if isinstance(error, OSError):
+        address, root = config.server.grpc_addr, config.database.root
+        match error.errno:
+            case errno.EADDRINUSE:
+                return f"Error: {address} is in use; stop what listens there or choose another --grpc-addr"
+            case errno.EADDRNOTAVAIL:
+                return f"Error: {address} is no address of this machine; choose another --grpc-addr"
+            case errno.EACCES | errno.EPERM | errno.EROFS if error.filename:
+                return f"Error: no permission for {error.filename}; choose another --data"
+            case errno.ENOTDIR | errno.EEXIST:
+                return f"Error: {root} is not a folder; choose another --data"
+    return f"Error: {error}"
+
+
+def _fail(line: str) -> NoReturn:
+    typer.echo(" ".join(line.split()), err=True)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

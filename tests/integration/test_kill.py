@@ -1,0 +1,107 @@
+"""A server killed with -9 at random moments, while clients enqueue and a worker runs, loses nothing."""
+
+import asyncio
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from silo import RetryPolicy, SiloGRPCClient, SiloWorker
+from silo.cli.server_process import ServerProcess
+from silo.storage.slate import SlateStorage
+from silo.worker.context import TaskContext
+from tests.builders import check_snapshot
+
+_GROUP = "crash"
+_RETRY = RetryPolicy(
+    retry_count=1000, initial_interval_ms=1, max_interval_ms=20, randomize_interval=True, backoff_factor=2.0
+)
+
+
+async def test_twenty_kills_lose_nothing(tmp_path: Path) -> None:
+    await _survive(tmp_path, kills=20, seed=20)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+async def test_three_hundred_kills_lose_nothing(tmp_path: Path) -> None:
+    await _survive(tmp_path, kills=300, seed=300)
+
+
+async def _survive(folder: Path, *, kills: int, seed: int) -> None:
+    rng = random.Random(seed)
+    server = ServerProcess(folder)
+    await server.start()
+    acknowledged: set[str] = set()
+    reported: Counter[str] = Counter()
+    stop = asyncio.Event()
+    try:
+        async with SiloGRPCClient(servers=[server.address]) as client:
+
+            async def handler(ctx: TaskContext[int, dict[str, str]]) -> int:
+                if ctx.task.payload % 7 == 0 and ctx.task.attempt_number == 1:
+                    raise ValueError("fails once on purpose")
+                reported[ctx.task.job_id] += 1
+                return ctx.task.payload * 2
+
+            worker = SiloWorker(
+                client=client,
+                worker_id="w",
+                task_group=_GROUP,
+                handler=handler,
+                max_concurrent_tasks=16,
+                poll_interval_ms=50,
+                heartbeat_interval_ms=1000,
+                on_error=lambda error, context: None,
+            )
+            async with worker:
+                producers = [asyncio.create_task(_produce(client, stop, acknowledged, n)) for n in range(4)]
+                for _ in range(kills):
+                    await asyncio.sleep(rng.uniform(0.02, 0.4))
+                    await server.kill()
+                    await server.start()
+                stop.set()
+                await asyncio.gather(*producers)
+                await _all_succeed(client, acknowledged)
+    finally:
+        await server.stop()
+    assert len(acknowledged) > kills
+    await _check_shards(folder, acknowledged)
+
+
+async def _produce(client: SiloGRPCClient, stop: asyncio.Event, acknowledged: set[str], number: int) -> None:
+    count = 0
+    while not stop.is_set():
+        count += 1
+        handle = await client.enqueue(payload=count, task_group=_GROUP, retry_policy=_RETRY, id=f"{number}-{count}")
+        acknowledged.add(handle.id)
+        await asyncio.sleep(0.005)
+
+
+async def _all_succeed(client: SiloGRPCClient, job_ids: set[str]) -> None:
+    for job_id in sorted(job_ids):
+        handle = client.handle(job_id)
+        result = await handle.result(timeout=60)
+        job = await handle.job(include_attempts=True)
+        assert result.status == "Succeeded", (job_id, result)
+        successes = [attempt for attempt in job.attempts or () if attempt.status == "Succeeded"]
+        assert len(successes) == 1, (job_id, job.attempts)
+        assert result.result == int(job_id.split("-")[1]) * 2
+
+
+async def _check_shards(folder: Path, acknowledged: set[str]) -> None:
+    """Read every row of every shard and hold it against the invariants."""
+    storage = SlateStorage(str(folder))
+    found = 0
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir() or path.name.startswith("_"):
+            continue
+        store = await storage.open(path.name)
+        try:
+            rows = await store.scan(b"\x00", b"\xff", limit=10_000_000)
+        finally:
+            await store.close()
+        check_snapshot(dict(rows))
+        found += sum(1 for key, _ in rows if key.startswith(b"j") and key.endswith(b"\x00\x00\x01"))
+    assert found >= len(acknowledged)

@@ -1,0 +1,135 @@
+"""The configuration: expansion, defaults, and errors that say what to do."""
+
+from pathlib import Path
+
+import pytest
+
+from silo.config import Address, Config, expand, load_config, parse_address
+from silo.errors import ConfigError
+
+ENV = {"HOME": "/home/ada"}
+
+
+def load(tmp_path: Path, text: str, env: dict[str, str] | None = None) -> Config:
+    path = tmp_path / "silo.toml"
+    path.write_text(text)
+    return load_config(path, ENV | (env or {}))
+
+
+def refusal(tmp_path: Path, text: str, env: dict[str, str] | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, env)
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "result"),
+    [
+        ("${SET}", "value"),
+        ("a ${SET} b ${SET}", "a value b value"),
+        ("${UNSET}", ""),
+        ("${UNSET:-text}", "text"),
+        ("${UNSET:-}", ""),
+        ("${UNSET:-a:-b$c}", "a:-b$c"),
+        ("${SET:-text}", "value"),
+        ("${EMPTY:-text}", ""),
+        ("${BROKEN:-text}", "text"),
+        ("${BROKEN}", ""),
+        ("$SET", "$SET"),
+        ("5 $ and $", "5 $ and $"),
+        ("${SET and no more", "${SET and no more"),
+        ("${UNSET:-${SET}}", "${SET}"),
+    ],
+)
+def test_expansion(text: str, result: str) -> None:
+    env = {"SET": "value", "EMPTY": "", "BROKEN": "\udcff"}
+    assert expand(text, env) == result
+
+
+def test_expansion_reaches_comments_and_can_bring_toml(tmp_path: Path) -> None:
+    config = load(tmp_path, "# ${MORE}\n", {"MORE": "\n[tenancy]\nenabled = true"})
+    assert config.tenancy.enabled
+
+
+def test_without_a_file_everything_has_a_default() -> None:
+    config = load_config(None, ENV)
+    assert config.server.grpc_addr == "127.0.0.1:7450"
+    assert config.coordination.initial_shard_count == 8
+    assert config.database.backend == "fs"
+    assert config.database.root == "/home/ada/.local/share/silo"
+    assert config.database.durability == "flushed"
+
+
+def test_the_data_directory_follows_xdg() -> None:
+    assert load_config(None, ENV | {"XDG_DATA_HOME": "/data"}).database.path == "/data/silo/%shard%"
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load(tmp_path, "") == load_config(None, ENV)
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path / "none.toml", ENV)
+
+
+def test_flags_stand_above_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "silo.toml"
+    path.write_text('[server]\ngrpc_addr = "127.0.0.1:1"')
+    config = load_config(path, ENV, overrides={"server.grpc_addr": "127.0.0.1:2"})
+    assert config.server.grpc_addr == "127.0.0.1:2"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[servr]", ["[servr]", "did you mean server?"]),
+        ("[server]\ngrpc_adr = 'x:1'", ["server.grpc_adr", "did you mean server.grpc_addr?"]),
+        ("[coordination]\nnum_shards = 4", ["did you mean coordination.initial_shard_count?"]),
+        ("[tenancy]\nzzzz = 1", ["tenancy.zzzz", "known are: enabled"]),
+        ("server = 1", ["server", "[server]"]),
+        ("[server]\ndev_mode = 'yes'", ["server.dev_mode = 'yes'", "true or false"]),
+        ("[server]\ngrpc_addr = 7450", ["server.grpc_addr = 7450", "text in quotes"]),
+        ("[logging]\nformat = 'JSON'", ["logging.format = 'JSON'", "did you mean 'json'"]),
+        ("[database]\nbackend = 'disk'", ["database.backend = 'disk'", "'fs', 'memory'"]),
+        ("[database]\ndurability = 'none'", ["'flushed', 'buffered'"]),
+        ("[coordination]\ninitial_shard_count = 0", ["= 0", "from 1 to 4096"]),
+        ("[coordination]\ninitial_shard_count = -1", ["= -1", "from 1 to 4096"]),
+        ("[coordination]\ninitial_shard_count = true", ["= true", "whole number"]),
+        ("[coordination]\nnode_id = ' '", ["coordination.node_id"]),
+        ("[database]\nflush_interval_ms = 0", ["= 0", "from 1 to"]),
+        ("[dispatch]\npriority_step_ms = -5", ["= -5", "from 0 to"]),
+        ("[database]\nslatedb = 3", ["database.slatedb = 3", "table"]),
+        ("[database]\nbackend = 's3'", ["database.path is missing"]),
+        ("[database]\npath = '/tmp/silo-%shard%'", ["must end in /%shard%"]),
+        ("[database]\npath = '/tmp/silo'", ["must end in /%shard%"]),
+        ("[database]\npath = '/tmp/%shard%/more'", ["must end in /%shard%"]),
+        ("[server]\ngrpc_addr = 'nowhere'", ["server.grpc_addr", "host:port"]),
+        ("[server]\ngrpc_addr = '127.0.0.1:65536'", ["from 0 to 65535"]),
+        ("[server]\ngrpc_addr = '::1:7450'", ["host:port"]),
+        ("= 3", ["not valid TOML"]),
+    ],
+)
+def test_a_wrong_configuration_names_the_key_and_the_fix(tmp_path: Path, text: str, parts: list[str]) -> None:
+    message = refusal(tmp_path, text)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("placeholder", ["%shard%", "{shard}"])
+def test_both_placeholders_are_known(tmp_path: Path, placeholder: str) -> None:
+    config = load(tmp_path, f"[database]\nbackend = 's3'\npath = 's3://bucket/a/{placeholder}'")
+    assert config.database.root == "s3://bucket/a"
+
+
+def test_zero_priority_step_is_allowed(tmp_path: Path) -> None:
+    assert load(tmp_path, "[dispatch]\npriority_step_ms = 0").dispatch.priority_step_ms == 0
+
+
+def test_an_error_hides_secrets(tmp_path: Path) -> None:
+    text = "[database]\nbackend = 'url'\npath = 's3://key:${SECRET}@host/a'"
+    assert "hunter2" not in refusal(tmp_path, text, {"SECRET": "hunter2"})
+
+
+def test_ipv6_addresses_stand_in_brackets() -> None:
+    assert parse_address("server.grpc_addr", "[::1]:7450") == Address("::1", 7450)

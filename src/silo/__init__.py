@@ -1,0 +1,74 @@
+"""Silo: a durable background job queue whose only store is object storage."""
+
+from silo.client.client import SiloGRPCClient
+from silo.client.errors import (
+    ClientClosed,
+    ClusterUnreachable,
+    DuplicateTaskDeliveryError,
+    JobAlreadyExistsError,
+    JobNotFoundError,
+    JobNotTerminalError,
+    JobTimeoutError,
+    SiloAlreadyExistsError,
+    SiloClientError,
+    SiloDeadlineExceededError,
+    SiloFailedPreconditionError,
+    SiloGrpcError,
+    SiloInvalidArgumentError,
+    SiloNotFoundError,
+    SiloPermissionDeniedError,
+    SiloResourceExhaustedError,
+    SiloUnauthenticatedError,
+    SiloUnavailableError,
+    TaskLeaseLostError,
+    TaskNotFoundError,
+    TopologyError,
+)
+from silo.client.handle import JobHandle
+from silo.client.outcome import Cancelled, Failure, Success
+from silo.client.types import Job, JobAttempt, JobResult, JobStatus, RetryPolicy, ShardRouting
+from silo.model.shards import hash_tenant
+from silo.wire.payload import PayloadError
+from silo.worker.context import Task, TaskContext
+from silo.worker.worker import ErrorContext, SiloWorker
+
+__all__ = [
+    "Cancelled",
+    "ClientClosed",
+    "ClusterUnreachable",
+    "DuplicateTaskDeliveryError",
+    "ErrorContext",
+    "Failure",
+    "Job",
+    "JobAlreadyExistsError",
+    "JobAttempt",
+    "JobHandle",
+    "JobNotFoundError",
+    "JobNotTerminalError",
+    "JobResult",
+    "JobStatus",
+    "JobTimeoutError",
+    "PayloadError",
+    "RetryPolicy",
+    "ShardRouting",
+    "SiloAlreadyExistsError",
+    "SiloClientError",
+    "SiloDeadlineExceededError",
+    "SiloFailedPreconditionError",
+    "SiloGRPCClient",
+    "SiloGrpcError",
+    "SiloInvalidArgumentError",
+    "SiloNotFoundError",
+    "SiloPermissionDeniedError",
+    "SiloResourceExhaustedError",
+    "SiloUnauthenticatedError",
+    "SiloUnavailableError",
+    "SiloWorker",
+    "Success",
+    "Task",
+    "TaskContext",
+    "TaskLeaseLostError",
+    "TaskNotFoundError",
+    "TopologyError",
+    "hash_tenant",
+]

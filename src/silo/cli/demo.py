@@ -16,7 +16,7 @@ from rich.table import Table
 import silo
 from silo import JobHandle, RetryPolicy, SiloGRPCClient, SiloWorker
 from silo.cli.server_process import ServerProcess
-from silo.worker.context import TaskContext
+from silo import TaskContext
 
 _GROUP = "demo"
 _RETRY = RetryPolicy(

@@ -3,9 +3,9 @@
 import msgspec
 
 from silo.model.change import Change
-from silo.engine.schedule import LEASE_MS, virtual_deadline_ms
+from silo.engine.schedule import virtual_deadline_ms
 from silo.errors import StateForbids
-from silo.model.job import Delayed, JobState, JobStatus, Lease, Ready
+from silo.model.job import LEASE_MS, Delayed, JobState, JobStatus, Lease, Ready
 
 
 def lease(state: JobState, *, task_id: str, worker_id: str, now_ms: int) -> Change:

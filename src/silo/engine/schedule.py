@@ -6,7 +6,6 @@ from random import Random
 from silo.model.job import Delayed, Pending, Ready, RetryPolicy
 
 PRIORITY_STEP_MS = 10_000  # One priority point counts as much as ten seconds of waiting.
-LEASE_MS = 10_000
 _INT64_MAX = (1 << 63) - 1
 
 

@@ -6,6 +6,7 @@ from typing import TypeAlias
 import msgspec
 
 PRIORITY_MAX = 99
+LEASE_MS = 10_000  # Length of a lease, and what a heartbeat extends it to.
 DEFAULT_TENANT = "-"  # The tenant of every job while tenancy is off.
 
 

@@ -19,7 +19,7 @@ import msgspec
 
 from silo.clock import Alarm, Clock
 from silo.engine import admission, control, leasing, outcomes
-from silo.engine.schedule import LEASE_MS, PRIORITY_STEP_MS
+from silo.engine.schedule import PRIORITY_STEP_MS
 from silo.errors import (
     JobExists,
     JobNotFound,
@@ -33,7 +33,7 @@ from silo.errors import (
 from silo.model.attempt import Attempt, Outcome
 from silo.model.change import Change
 from silo.model.counts import ShardTotals
-from silo.model.job import Delayed, Job, JobState, LeasedTask, NewJob, Ready
+from silo.model.job import LEASE_MS, Delayed, Job, JobState, LeasedTask, NewJob, Ready
 from silo.model.shards import HashRange
 from silo.model.view import JobView
 from silo.shard.committer import Committer, Rows

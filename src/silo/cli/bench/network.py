@@ -9,7 +9,7 @@ from pathlib import Path
 from silo import SiloGRPCClient, SiloWorker
 from silo.cli.bench.measure import percentile
 from silo.cli.server_process import ServerProcess
-from silo.worker.context import TaskContext
+from silo import TaskContext
 
 _GROUP = "bench"
 _PAYLOAD = "x" * 100

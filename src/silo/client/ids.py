@@ -1,0 +1,9 @@
+"""Ids that clients draw."""
+
+import os
+from uuid import UUID
+
+
+def new_job_id() -> str:
+    """A random version-4 UUID."""
+    return str(UUID(bytes=os.urandom(16), version=4))

@@ -1,0 +1,107 @@
+"""What the client takes and gives: plain frozen values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+R = TypeVar("R")
+
+JobStatus = Literal["Scheduled", "Running", "Succeeded", "Failed", "Cancelled"]
+AttemptStatus = Literal["Running", "Succeeded", "Failed", "Cancelled"]
+
+JOB_STATUSES: tuple[JobStatus, ...] = ("Scheduled", "Running", "Succeeded", "Failed", "Cancelled")
+ATTEMPT_STATUSES: tuple[AttemptStatus, ...] = ("Running", "Succeeded", "Failed", "Cancelled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """How often and how soon a failed attempt is repeated.
+
+    The wait before retry n is `initial_interval_ms × backoff_factor^n`, times a random
+    number in [1, 2) with `randomize_interval`, and at most `max_interval_ms`.
+    """
+
+    retry_count: int
+    initial_interval_ms: int = 1000
+    max_interval_ms: int = 60_000
+    randomize_interval: bool = True
+    backoff_factor: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRouting:
+    """How hard the client tries. Waits double from `retry_delay_ms` up to 5 s."""
+
+    max_retries: int = 8
+    retry_delay_ms: int = 250
+    topology_refresh_interval_ms: int = 30_000  # 0: never in the background.
+    topology_refresh_timeout_ms: int = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobAttempt:
+    """One run of a job."""
+
+    job_id: str
+    attempt_number: int
+    task_id: str
+    status: AttemptStatus
+    started_at_ms: int
+    finished_at_ms: int | None = None
+    result: Any = None  # What the handler returned.
+    error_code: str | None = None
+    error_data: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job as the server knows it."""
+
+    id: str
+    priority: int
+    enqueue_time_ms: int
+    payload: Any
+    metadata: Mapping[str, str]
+    status: JobStatus
+    status_changed_at_ms: int
+    task_group: str
+    retry_policy: RetryPolicy | None = None
+    attempts: tuple[JobAttempt, ...] | None = None
+    next_attempt_starts_after_ms: int | None = None
+    result: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobResult(Generic[R]):
+    """How a job ended. A failed or cancelled job is a result, not an exception."""
+
+    status: JobStatus
+    result: R | None = None
+    error_code: str | None = None
+    error_data: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeasedTask:
+    """A task as leased. Its payload is still encoded: a worker decodes each one by itself."""
+
+    id: str
+    job_id: str
+    tenant_id: str | None
+    attempt_number: int
+    relative_attempt_number: int
+    is_last_attempt: bool
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    payload_bytes: bytes = b""
+    priority: int = 0
+    shard: str = ""
+    task_group: str = ""
+    lease_ms: int = 0
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The answer to a heartbeat."""
+
+    cancelled: bool
+    cancelled_at_ms: int | None = None

@@ -1,0 +1,49 @@
+"""What the RPC layer needs from a node."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from silo.errors import ErrorKind, SiloError
+from silo.model.job import LeasedTask
+from silo.model.shards import ShardInfo
+from silo.shard.shard import Shard
+
+
+class ShardNotFound(SiloError):
+    """No such shard here: read the shard map again."""
+
+    kind = ErrorKind.NOT_OWNER
+
+    def __init__(self, shard_id: str) -> None:
+        super().__init__("shard not found", shard=shard_id)
+
+
+class Node(Protocol):
+    """One server process and the shards it owns."""
+
+    node_id: str
+    advertised_addr: str
+    tenancy_enabled: bool
+    dev_mode: bool
+
+    def shard_map(self) -> Sequence[ShardInfo]:
+        """Every shard of the cluster, ascending by range."""
+
+    def shard(self, shard_id: str) -> Shard:
+        """The open shard of this id.
+
+        Raises:
+            ShardNotFound: it is not ours.
+            ShardClosed: it is ours and not open at the moment; try again.
+        """
+
+    def open_shards(self) -> Sequence[Shard]:
+        """The shards that can be used now."""
+
+    async def lease_anywhere(
+        self, *, worker_id: str, task_group: str, max_tasks: int, wait_ms: int
+    ) -> list[tuple[str, LeasedTask]]:
+        """Tasks from any shard with the id of theirs; with none ready, waits up to `wait_ms` for one."""
+
+    async def reset_shards(self) -> int:
+        """Delete all data of every shard and open them empty; how many. For development only."""

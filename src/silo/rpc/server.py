@@ -1,0 +1,74 @@
+"""The gRPC server of a node."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from silo.errors import SiloError
+from silo.node.node import Node
+from silo.rpc.handlers import SiloServicer
+from silo.wire.pb.silo.v1 import silo_pb2, silo_pb2_grpc
+
+MESSAGE_BYTES_MAX = 128 << 20
+DRAIN_S = 5.0
+_REFLECTION = "grpc.reflection.v1.ServerReflection"
+
+# Existing clients ping every five seconds, idle or not; by default the server would hang up on them.
+_OPTIONS = (
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),
+)
+
+
+class CannotListen(SiloError):
+    """The address is taken or not ours."""
+
+
+def _add_reflection(server: grpc.aio.Server, services: tuple[str, ...]) -> None:
+    """Serve reflection v1. The library has only v1alpha, whose messages are the same on the wire."""
+    servicer = reflection.aio.ReflectionServicer(service_names=services)
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    methods = {"ServerReflectionInfo": handler}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_REFLECTION, methods),))
+
+
+@asynccontextmanager
+async def listen(addr: str, node: Node) -> AsyncIterator[str]:
+    """Serve `node` on `addr` while the block runs; yields the address with its real port.
+
+    At the end new calls are refused at once, and running ones have `DRAIN_S` seconds.
+
+    Raises:
+        CannotListen: the text names the address and the setting.
+    """
+    server = grpc.aio.server(options=_OPTIONS)
+    silo_pb2_grpc.add_SiloServicer_to_server(SiloServicer(node), server)
+    service = silo_pb2.DESCRIPTOR.services_by_name["Silo"].full_name
+    checks = health.aio.HealthServicer()
+    for name in ("", service):
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    _add_reflection(server, (service, health.SERVICE_NAME, _REFLECTION))
+    try:
+        port = server.add_insecure_port(addr)
+    except RuntimeError as error:
+        raise CannotListen(
+            f"cannot listen on {addr}: the address is in use or not available; "
+            "choose another with server.grpc_addr"
+        ) from error
+    await server.start()
+    try:
+        yield f"{addr.rpartition(':')[0]}:{port}"
+    finally:
+        await server.stop(DRAIN_S)

@@ -1,0 +1,117 @@
+"""What a request must look like. Codes and texts are part of the protocol: clients match on them."""
+
+from collections.abc import Mapping, Sequence
+from uuid import UUID
+
+from silo.errors import ErrorKind, InvalidRequest, SiloError, StateForbids
+from silo.model.job import DEFAULT_TENANT, PRIORITY_MAX
+from silo.model.shards import HashRange, hash_tenant
+from silo.wire.pb.silo.v1 import silo_pb2 as pb
+
+TENANT_CHARS_MAX = 64
+TASK_GROUP_CHARS_MAX = 64
+METADATA_ENTRIES_MAX = 16
+METADATA_KEY_CHARS_MAX = 63
+METADATA_VALUE_BYTES_MAX = 65_534
+
+
+class Unsupported(SiloError):
+    """This server version cannot do it; nothing was changed."""
+
+    kind = ErrorKind.UNSUPPORTED
+
+
+def shard_id(text: str) -> str:
+    """The canonical form of a shard id: hyphenated, bare, braced or as URN, in any case.
+
+    Raises:
+        InvalidRequest: it is no UUID.
+    """
+    bare = text
+    if bare.startswith("{") and bare.endswith("}"):
+        bare = bare[1:-1]
+    elif bare[:9].lower() == "urn:uuid:":
+        bare = bare[9:]
+    shape = [len(part) for part in bare.split("-")]
+    if shape in ([32], [8, 4, 4, 4, 12]) and all(c in "0123456789abcdefABCDEF-" for c in bare):
+        return str(UUID(bare))
+    raise InvalidRequest(f"invalid shard ID: {text}")
+
+
+def job_tenant(tenant: str, *, tenancy_enabled: bool) -> str:
+    """The tenant that a job call is about; an empty text is the same as none.
+
+    Raises:
+        InvalidRequest: it is missing or too long.
+        StateForbids: tenancy is off and one was given.
+    """
+    if not tenancy_enabled:
+        if tenant:
+            raise StateForbids("tenant must not be provided when tenancy is disabled on the server")
+        return DEFAULT_TENANT
+    if not tenant:
+        raise InvalidRequest("tenant id required")
+    if len(tenant) > TENANT_CHARS_MAX:
+        raise InvalidRequest("invalid tenant id")
+    return tenant
+
+
+def worker_tenant(tenant: str, *, tenancy_enabled: bool) -> str | None:
+    """The tenant that a worker's call is about; None with tenancy off, where it is ignored.
+
+    Raises:
+        InvalidRequest: it is missing.
+    """
+    if not tenancy_enabled:
+        return None
+    if not tenant:
+        raise InvalidRequest("tenant_id is required for worker operations when tenancy is enabled")
+    return tenant
+
+
+def tenant_in_range(tenant: str, *, shard: str, hash_range: HashRange) -> None:
+    """A shard takes only tenants of its range.
+
+    Raises:
+        StateForbids: the caller's shard map is out of date.
+    """
+    if not hash_range.contains(hash_tenant(tenant)):
+        raise StateForbids(
+            f"tenant '{tenant}' is not within shard {shard} range {hash_range}; refresh topology and retry"
+        )
+
+
+def priority(value: int) -> None:
+    if value > PRIORITY_MAX:
+        raise InvalidRequest("priority must be between 0 and 99")
+
+
+def metadata(entries: Mapping[str, str]) -> None:
+    if len(entries) > METADATA_ENTRIES_MAX:
+        raise InvalidRequest("metadata has too many entries (max 16)")
+    for name, value in entries.items():
+        if len(name) > METADATA_KEY_CHARS_MAX:
+            raise InvalidRequest("metadata key too long (must be < 64 chars)")
+        if len(value.encode()) > METADATA_VALUE_BYTES_MAX:
+            raise InvalidRequest("metadata value too long (must be < u16::MAX bytes)")
+
+
+def task_group(name: str, *, is_new: bool) -> None:
+    """`is_new`: the call stores it, so its length counts."""
+    if not name:
+        raise InvalidRequest("task_group is required")
+    if is_new and len(name) > TASK_GROUP_CHARS_MAX:
+        raise InvalidRequest("task_group too long (must be <= 64 chars)")
+
+
+def worker_id(value: str) -> None:
+    if not value:
+        raise InvalidRequest("worker_id is required")
+
+
+def limits(given: Sequence[pb.Limit]) -> None:
+    """A limit with nothing set says nothing; any other is refused rather than ignored."""
+    if any(limit.WhichOneof("limit") for limit in given):
+        raise Unsupported(
+            "limits on jobs are not supported by this server version; enqueue the job without limits"
+        )

@@ -1,0 +1,67 @@
+"""What a handler gets."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+P = TypeVar("P")
+M = TypeVar("M", bound=Mapping[str, str])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Generic[P, M]):
+    """The task to run."""
+
+    id: str  # Differs from attempt to attempt.
+    job_id: str
+    payload: P
+    metadata: M
+    attempt_number: int  # From 1, over restarts.
+    relative_attempt_number: int  # From 1, since the last restart.
+    is_last_attempt: bool
+    priority: int
+    task_group: str
+    tenant_id: str | None
+    shard: str
+    lease_ms: int
+
+
+class CancellationSignal:
+    """Set when the job was cancelled or its lease was lost. Never by stopping the worker."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    @property
+    def aborted(self) -> bool:
+        return self._event.is_set()
+
+    async def wait(self) -> None:
+        """Return once it is set."""
+        await self._event.wait()
+
+    def abort(self) -> None:
+        self._event.set()
+
+
+class TaskContext(Generic[P, M]):
+    """A task, and what its handler can do about it."""
+
+    def __init__(self, task: Task[P, M], signal: CancellationSignal, cancel: Callable[[], Awaitable[None]]) -> None:
+        self.task = task
+        self.cancellation_signal = signal
+        self._cancel = cancel
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the handler should stop: nobody waits for its result any more."""
+        return self.cancellation_signal.aborted
+
+    async def wait_cancelled(self) -> None:
+        """Return once the handler should stop."""
+        await self.cancellation_signal.wait()
+
+    async def cancel(self) -> None:
+        """Cancel the job. Whatever the handler returns then, the job ends as cancelled."""
+        await self._cancel()

@@ -19,7 +19,13 @@ PACKAGE = "silo.wire.pb"
 def generate(out: Path) -> None:
     """Write the generated modules of every .proto file below `out`."""
     files = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.rglob("*.proto"))
-    arguments = ["protoc", f"-I{PROTOS}", f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}"]
+    arguments = [
+        "protoc",
+        f"-I{PROTOS}",
+        f"--python_out={out}",
+        f"--pyi_out={out}",
+        f"--grpc_python_out={out}",
+    ]
     if protoc.main([*arguments, *files]) != 0:
         raise SystemExit("protoc failed")
     for path in out.rglob("*_pb2_grpc.py"):  # The generator imports from the proto package's own name.

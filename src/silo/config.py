@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from silo.errors import ConfigError
+from silo.storage.durability import Durability
 
 SHARD_PLACEHOLDERS = ("%shard%", "{shard}")
 PORT_MAX = 65535
@@ -51,7 +52,7 @@ class DatabaseConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     backend: Literal["fs", "memory", "s3", "gcs", "url"] = "fs"
     path: str = ""
-    durability: Literal["flushed", "buffered"] = "flushed"
+    durability: Durability = Durability.FLUSHED
     flush_interval_ms: Annotated[int, Meta(ge=1, le=60_000)] = 100  # Of `buffered`.
     slatedb: dict[str, Any] = {}  # SlateDB's own settings, which it checks itself.
 

@@ -6,12 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tests.builders import check_snapshot
 
 from silo import RetryPolicy, SiloGRPCClient, SiloWorker
 from silo.cli.server_process import ServerProcess
 from silo.storage.slate import SlateStorage
 from silo.worker.context import TaskContext
-from tests.builders import check_snapshot
 
 _GROUP = "crash"
 _RETRY = RetryPolicy(
@@ -74,7 +74,9 @@ async def _produce(client: SiloGRPCClient, stop: asyncio.Event, acknowledged: se
     count = 0
     while not stop.is_set():
         count += 1
-        handle = await client.enqueue(payload=count, task_group=_GROUP, retry_policy=_RETRY, id=f"{number}-{count}")
+        handle = await client.enqueue(
+            payload=count, task_group=_GROUP, retry_policy=_RETRY, id=f"{number}-{count}"
+        )
         acknowledged.add(handle.id)
         await asyncio.sleep(0.005)
 

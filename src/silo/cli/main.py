@@ -13,6 +13,7 @@ import typer
 
 from silo.config import Config, load_config
 from silo.errors import ConfigError, SiloError
+from silo.storage.durability import Durability
 from silo.telemetry.logging import set_up_logging
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def server(
     except (ConfigError, ValueError) as error:
         _fail(f"Config error: {error}")
 
-    from silo.node.serve import Ready, serve
+    from silo.node.serve import serve
     from silo.rpc.server import listen
 
     def greet(ready: "Ready") -> None:
@@ -81,14 +82,19 @@ def server(
 
 
 @app.command()
-def worker(
+def worker(  # noqa: PLR0917  # Typer passes them by name.
     handler: Annotated[str, typer.Argument(metavar="MODULE:OBJECT", help="The function that runs jobs.")],
-    task_group: Annotated[str, typer.Option(help="The task group to poll.")],
+    task_group: Annotated[
+        str | None, typer.Option(help="The task group to poll; a SiloWorker brings its own.")
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Jobs to run at the same time.")] = 10,
     server: Annotated[list[str] | None, typer.Option(help="Address of a server; repeatable.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Tenant, where tenancy is enabled.")] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="SILO_TOKEN", help="Bearer token; better given in the environment.")
+    ] = None,
 ) -> None:
-    """Run jobs of a task group with a function of yours."""
+    """Run jobs with an async function of yours, or a SiloWorker of yours, until Ctrl-C."""
     from silo.cli.worker import run_worker
 
     set_up_logging("text", levels=os.environ.get("SILO_LOG"))
@@ -99,6 +105,7 @@ def worker(
             concurrency=concurrency,
             servers=server or ["127.0.0.1:7450"],
             tenant=tenant,
+            token=token,
         )
     except (SiloError, OSError) as error:
         _fail(f"Error: {error}")
@@ -134,19 +141,24 @@ def main() -> None:
 
 
 def _run(start: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    try:
-        from uvloop import new_event_loop
-    except ImportError:  # Not on every platform, and nothing depends on it but speed.
-        new_event_loop = None
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=_event_loop) as runner:
         runner.run(start())
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # Not on every platform, and nothing depends on it but speed.
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
 
 
 def _greet(config: Config, ready: "Ready") -> None:
     database = config.database
     promise = {
-        "flushed": "flushed (acknowledged once it is on the disk or in the object store)",
-        "buffered": f"buffered (a crash may lose the last {database.flush_interval_ms} ms)",
+        Durability.FLUSHED: "flushed (acknowledged once it is on the disk or in the object store)",
+        Durability.BUFFERED: f"buffered (a crash may lose the last {database.flush_interval_ms} ms)",
     }[database.durability]
     if database.backend == "memory":
         promise = "none (memory: gone when the server stops)"
@@ -154,7 +166,7 @@ def _greet(config: Config, ready: "Ready") -> None:
         f"Silo serves gRPC on {ready.address} ({ready.shards} shards)",
         f"  data        {database.root}",
         f"  durability  {promise}",
-        f"  enqueue     silo.client.Client({ready.address!r}), as the README shows",
+        f"  enqueue     SiloGRPCClient(servers=[{ready.address!r}])",
         "  stop        Ctrl-C",
     )
     typer.echo("\n".join(lines))

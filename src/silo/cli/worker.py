@@ -61,11 +61,23 @@ def run_worker(
         BadTarget: the target is neither a SiloWorker nor an async function.
     """
     found = load_target(target)
-    asyncio.run(_run(found, target, task_group, concurrency, servers, tenant, token, worker_id))
+    asyncio.run(
+        _run(
+            found,
+            target=target,
+            task_group=task_group,
+            concurrency=concurrency,
+            servers=servers,
+            tenant=tenant,
+            token=token,
+            worker_id=worker_id,
+        )
+    )
 
 
 async def _run(
     found: object,
+    *,
     target: str,
     task_group: str | None,
     concurrency: int,

@@ -188,24 +188,34 @@ class SiloGRPCClient:
 
     async def delete_job(self, id: str, tenant: str | None = None) -> None:
         """Delete a job that has ended. One that does not exist is no error."""
-        await self._send(_Call("DeleteJob", pb.DeleteJobRequest(id=id, tenant=tenant or None), job_id=id, tenant=tenant))
+        await self._send(
+            _Call("DeleteJob", pb.DeleteJobRequest(id=id, tenant=tenant or None), job_id=id, tenant=tenant)
+        )
 
     async def cancel_job(self, id: str, tenant: str | None = None) -> None:
         """Cancel a job: at once if it waits, through its worker if it runs."""
-        await self._send(_Call("CancelJob", pb.CancelJobRequest(id=id, tenant=tenant or None), job_id=id, tenant=tenant))
+        await self._send(
+            _Call("CancelJob", pb.CancelJobRequest(id=id, tenant=tenant or None), job_id=id, tenant=tenant)
+        )
 
     async def restart_job(self, id: str, tenant: str | None = None) -> None:
         """Run a failed or cancelled job again."""
-        await self._send(_Call("RestartJob", pb.RestartJobRequest(id=id, tenant=tenant or None), job_id=id, tenant=tenant))
+        await self._send(
+            _Call("RestartJob", pb.RestartJobRequest(id=id, tenant=tenant or None), job_id=id, tenant=tenant)
+        )
 
     async def expedite_job(self, id: str, tenant: str | None = None) -> None:
         """Make a delayed job due now."""
-        await self._send(_Call("ExpediteJob", pb.ExpediteJobRequest(id=id, tenant=tenant or None), job_id=id, tenant=tenant))
+        await self._send(
+            _Call(
+                "ExpediteJob", pb.ExpediteJobRequest(id=id, tenant=tenant or None), job_id=id, tenant=tenant
+            )
+        )
 
     # Tasks
 
     async def lease_task(self, id: str, *, worker_id: str, tenant: str | None = None) -> LeasedTask:
-        """Lease one job's pending attempt, whenever it is due. The caller sends heartbeats and the outcome."""
+        """Lease one job's pending attempt, whenever it is due; the caller heartbeats and reports."""
         request = pb.LeaseTaskRequest(id=id, tenant=tenant or None, worker_id=worker_id)
         response = await self._send(_Call("LeaseTask", request, job_id=id, tenant=tenant))
         return messages.task_from_pb(response.task)

@@ -15,8 +15,8 @@ from silo.client.types import (
     LeasedTask,
     RetryPolicy,
 )
-from silo.wire.pb.silo.v1 import silo_pb2 as pb
 from silo.wire.payload import decode_tolerant, encode
+from silo.wire.pb.silo.v1 import silo_pb2 as pb
 
 Outcome: TypeAlias = Success[Any] | Failure | Cancelled
 

@@ -1,7 +1,7 @@
 """Admit a job."""
 
-from silo.model.change import Change
 from silo.engine.schedule import pending_at
+from silo.model.change import Change
 from silo.model.job import Job, JobState, JobStatus, NewJob
 
 

@@ -2,9 +2,9 @@
 
 import msgspec
 
-from silo.model.change import Change
 from silo.engine.schedule import pending_at
 from silo.errors import StateForbids
+from silo.model.change import Change
 from silo.model.job import Delayed, Job, JobState, JobStatus
 
 _FINAL = (JobStatus.SUCCEEDED, JobStatus.FAILED)
@@ -22,9 +22,7 @@ def cancel(state: JobState, *, now_ms: int) -> Change:
         raise StateForbids("job is already in terminal state")
     after = msgspec.structs.replace(state, cancelled_at_ms=now_ms)
     if state.status is JobStatus.SCHEDULED:
-        after = msgspec.structs.replace(
-            after, status=JobStatus.CANCELLED, changed_at_ms=now_ms, pending=None
-        )
+        after = msgspec.structs.replace(after, status=JobStatus.CANCELLED, changed_at_ms=now_ms, pending=None)
     return Change(before=state, after=after)
 
 
@@ -47,9 +45,7 @@ def restart(state: JobState, job: Job, *, now_ms: int, priority_step_ms: int) ->
         relative_attempt_number=1,
         next_start_ms=start_at_ms,
         cancelled_at_ms=None,
-        pending=pending_at(
-            start_at_ms, state.priority, now_ms=now_ms, priority_step_ms=priority_step_ms
-        ),
+        pending=pending_at(start_at_ms, state.priority, now_ms=now_ms, priority_step_ms=priority_step_ms),
     )
     return Change(before=state, after=after)
 

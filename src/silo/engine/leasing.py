@@ -2,18 +2,16 @@
 
 import msgspec
 
-from silo.model.change import Change
 from silo.engine.schedule import virtual_deadline_ms
 from silo.errors import StateForbids
+from silo.model.change import Change
 from silo.model.job import LEASE_MS, Delayed, JobState, JobStatus, Lease, Ready
 
 
 def lease(state: JobState, *, task_id: str, worker_id: str, now_ms: int) -> Change:
     """The pending attempt of a Scheduled job becomes Running under `task_id`."""
     assert state.status is JobStatus.SCHEDULED, "only pending work is leased"
-    granted = Lease(
-        task_id=task_id, worker_id=worker_id, started_at_ms=now_ms, expiry_ms=now_ms + LEASE_MS
-    )
+    granted = Lease(task_id=task_id, worker_id=worker_id, started_at_ms=now_ms, expiry_ms=now_ms + LEASE_MS)
     after = JobState(
         tenant=state.tenant,
         job_id=state.job_id,

@@ -4,9 +4,9 @@ from random import Random
 
 import msgspec
 
-from silo.model.change import Change
 from silo.engine.schedule import pending_at, retry_delay_ms, saturating_add
 from silo.model.attempt import Attempt, Cancelled, Failure, Outcome, Success
+from silo.model.change import Change
 from silo.model.job import JobState, JobStatus
 
 WORKER_CRASHED = "WORKER_CRASHED"
@@ -87,8 +87,6 @@ def _retry(state: JobState, *, now_ms: int, priority_step_ms: int, rng: Random) 
         attempts_ended=state.attempts_ended + 1,
         relative_attempt_number=state.relative_attempt_number + 1,
         next_start_ms=start_at_ms,
-        pending=pending_at(
-            start_at_ms, state.priority, now_ms=now_ms, priority_step_ms=priority_step_ms
-        ),
+        pending=pending_at(start_at_ms, state.priority, now_ms=now_ms, priority_step_ms=priority_step_ms),
         lease=None,
     )

@@ -50,7 +50,7 @@ def _round(value: float) -> int:
         return 0
     if abs(value) >= _INT64_MAX:
         return _INT64_MAX if value > 0 else -_INT64_MAX
-    return int(math.floor(value + 0.5)) if value >= 0 else int(math.ceil(value - 0.5))
+    return math.floor(value + 0.5) if value >= 0 else math.ceil(value - 0.5)
 
 
 def saturating_add(at_ms: int, delay_ms: int) -> int:

@@ -32,5 +32,3 @@ class ShardTotals(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     total_jobs: int = 0
     completed_jobs: int = 0
-
-

@@ -1,5 +1,7 @@
 """Tenant hashing and the ranges that shards cover."""
 
+from itertools import pairwise
+
 import msgspec
 import xxhash
 
@@ -39,4 +41,4 @@ def initial_ranges(count: int) -> list[HashRange]:
         raise ValueError(f"a cluster has at least one shard, not {count}")
     inner = [f"{(i << 64) // count:016x}" for i in range(1, count)]
     bounds = ["", *inner, ""]
-    return [HashRange(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [HashRange(start, end) for start, end in pairwise(bounds)]

@@ -69,8 +69,7 @@ async def serve(config: Config, listen: Listen, *, on_ready: Callable[[Ready], N
             if config.coordination.advertised_grpc_addr is None:
                 node.advertised_addr = address
                 if parse_address("server.grpc_addr", config.server.grpc_addr).host in _ANY_HOSTS:
-                    log.warning("set coordination.advertised_grpc_addr: others cannot connect to this address",
-                                grpc_addr=address)  # fmt: skip
+                    log.warning("no address for others: set advertised_grpc_addr", grpc_addr=address)
             log.info("server started", grpc_addr=address, node_id=node.node_id, shards=len(layout.shards))
             if on_ready is not None:
                 on_ready(Ready(address=address, node_id=node.node_id, shards=len(layout.shards)))

@@ -72,7 +72,9 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
         return shard
 
     @_answering
-    async def GetClusterInfo(self, request: pb.GetClusterInfoRequest, context: Any) -> pb.GetClusterInfoResponse:
+    async def GetClusterInfo(
+        self, request: pb.GetClusterInfoRequest, context: Any
+    ) -> pb.GetClusterInfoResponse:
         node = self._node
         owners = [
             pb.ShardOwner(

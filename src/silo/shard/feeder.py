@@ -77,9 +77,7 @@ class Feeder:
 
     async def refill_timers(self, window: Window) -> None:
         """Read the next work that is not due yet."""
-        await self._once(
-            "timers", lambda: self._refill(window, keys.TIMERS, keys.range_end(keys.TIMERS))
-        )
+        await self._once("timers", lambda: self._refill(window, keys.TIMERS, keys.range_end(keys.TIMERS)))
 
     def stop(self) -> None:
         for task in self._running.values():
@@ -186,9 +184,7 @@ class Feeder:
 
     def _outstanding_tenants(self, queue: TaskGroupQueue) -> set[str]:
         rows = self._committer.outstanding(queue.prefix, queue.end)
-        return {
-            keys.read_text(key, len(queue.prefix))[0] for key, value in rows.items() if value is not None
-        }
+        return {keys.read_text(key, len(queue.prefix))[0] for key, value in rows.items() if value is not None}
 
 
 def _state(value: bytes | None) -> JobState | None:

@@ -18,9 +18,7 @@ class Floors:
 
     def __init__(self, stored: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """`stored`: the rows of the floor family."""
-        self._floors = {
-            row[len(keys.FLOORS) :]: codec.decode(bytes, value) for row, value in stored
-        }
+        self._floors = {row[len(keys.FLOORS) :]: codec.decode(bytes, value) for row, value in stored}
 
     def __len__(self) -> int:
         return len(self._floors)

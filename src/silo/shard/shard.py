@@ -205,9 +205,7 @@ class Shard:
             wanted = list(range(1, state.attempts_ended + 1))
         elif state.status.is_terminal and state.attempts_ended:
             wanted = [state.attempts_ended]
-        rows = await self._committer.read(
-            [keys.attempt_key(tenant, job_id, number) for number in wanted]
-        )
+        rows = await self._committer.read([keys.attempt_key(tenant, job_id, number) for number in wanted])
         attempts = [codec.decode(Attempt, row) for row in rows if row is not None]
         last = attempts[-1].outcome if attempts and state.status.is_terminal else None
         if state.lease is not None:
@@ -235,9 +233,7 @@ class Shard:
         """
         state, job = await self._load(tenant, job_id)
         await self._commit(
-            lambda: control.restart(
-                state, job, now_ms=self._clock.now_ms(), priority_step_ms=self._step_ms
-            )
+            lambda: control.restart(state, job, now_ms=self._clock.now_ms(), priority_step_ms=self._step_ms)
         )
 
     async def expedite(self, *, tenant: str, job_id: str) -> None:
@@ -248,9 +244,7 @@ class Shard:
         """
         state, _ = await self._load(tenant, job_id)
         await self._commit(
-            lambda: control.expedite(
-                state, now_ms=self._clock.now_ms(), priority_step_ms=self._step_ms
-            )
+            lambda: control.expedite(state, now_ms=self._clock.now_ms(), priority_step_ms=self._step_ms)
         )
 
     async def delete(self, *, tenant: str, job_id: str) -> None:
@@ -568,9 +562,7 @@ class Shard:
                 break
             for state in taken:
                 job = self._jobs.pop(state)
-                change = leasing.lease(
-                    state, task_id=self._new_id(), worker_id=worker_id, now_ms=now_ms
-                )
+                change = leasing.lease(state, task_id=self._new_id(), worker_id=worker_id, now_ms=now_ms)
                 self._apply(change)
                 assert change.after is not None
                 leased.append(LeasedTask(job, change.after))
@@ -587,9 +579,7 @@ class Shard:
         if after is not None:
             self._enter(before, after, change.job, rows)
         tenant = change.subject.tenant
-        self._counters.move(
-            tenant, before.status if before else None, after.status if after else None
-        )
+        self._counters.move(tenant, before.status if before else None, after.status if after else None)
 
     def _leave(self, before: JobState, after: JobState | None) -> None:
         match before.pending:

@@ -104,9 +104,7 @@ class Counters:
         born = (after is not None) - (before is not None)
         ended = (after is not None and after.is_terminal) - (before is not None and before.is_terminal)
         if born or ended:
-            self.totals = ShardTotals(
-                self.totals.total_jobs + born, self.totals.completed_jobs + ended
-            )
+            self.totals = ShardTotals(self.totals.total_jobs + born, self.totals.completed_jobs + ended)
             self._totals_are_dirty = True
 
     def seal(self, rows: Rows) -> None:

@@ -59,9 +59,7 @@ def pending_key(state: JobState) -> bytes:
     """The row where a Scheduled job waits."""
     match state.pending:
         case Ready(deadline_ms=deadline_ms):
-            return keys.queue_key(
-                state.task_group, state.tenant, deadline_ms, state.priority, state.job_id
-            )
+            return keys.queue_key(state.task_group, state.tenant, deadline_ms, state.priority, state.job_id)
         case Delayed(due_ms=due_ms):
             return keys.timer_key(due_ms, state.tenant, state.job_id)
         case None:

@@ -4,20 +4,21 @@ Fields are stored by position: new ones come last, with a default, and a stored
 meaning never changes in place. Old records stay readable.
 """
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import msgspec
 
 from silo.errors import StoreCorrupt
 from silo.model.attempt import Attempt
-from silo.model.job import Job, JobState
 from silo.model.counts import ShardTotals, TenantCounts
+from silo.model.job import Job, JobState
 
 _VERSION = b"\x01"
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders = {
-    kind: msgspec.msgpack.Decoder(kind) for kind in (Job, JobState, Attempt, TenantCounts, ShardTotals, int, bytes)
+    kind: msgspec.msgpack.Decoder(kind)
+    for kind in (Job, JobState, Attempt, TenantCounts, ShardTotals, int, bytes)
 }
 
 Record = TypeVar("Record", Job, JobState, Attempt, TenantCounts, ShardTotals, int, bytes)
@@ -37,7 +38,6 @@ def decode(kind: type[Record], value: bytes) -> Record:
     if value[:1] != _VERSION:
         raise StoreCorrupt("record has an unknown version", kind=kind.__name__, version=value[:1].hex())
     try:
-        record: Record = _decoders[kind].decode(memoryview(value)[1:])  # type: ignore[attr-defined]  # One decoder per kind.
+        return cast(Record, _decoders[kind].decode(memoryview(value)[1:]))
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise StoreCorrupt("record does not decode", kind=kind.__name__) from error
-    return record

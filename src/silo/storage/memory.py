@@ -29,7 +29,7 @@ class Faults:
         self._planned: dict[tuple[str, int], Fault] = {}
 
     def plan(self, operation: str, fault: Fault, *, call: int | None = None) -> None:
-        """Let the `call`-th call of `operation` (write, get, scan, flush, close, open) fail; by default the next."""
+        """Let the next call, or the `call`-th, of write, get, scan, flush, close or open fail."""
         self._planned[operation, self.calls[operation] + 1 if call is None else call] = fault
 
     def clear(self) -> None:

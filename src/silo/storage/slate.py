@@ -241,7 +241,9 @@ class SlateStore:
         self._log_files += 1
         if self._log_files >= _LOG_FILES_MAX and self._table_flush is None:
             self._log_files = 0
-            self._table_flush = asyncio.get_running_loop().create_task(self._flush_table(), name="flush table")
+            self._table_flush = asyncio.get_running_loop().create_task(
+                self._flush_table(), name="flush table"
+            )
 
     async def _flush_table(self) -> None:
         try:

@@ -49,7 +49,7 @@ def job_to_pb(view: JobView) -> pb.GetJobResponse:
         enqueue_time_ms=job.enqueue_time_ms,
         payload=pb.SerializedBytes(msgpack=job.payload),
         metadata=dict(job.metadata),
-        status=pb.JobStatus.ValueType(state.status),
+        status=pb.JobStatus.Name(state.status),
         status_changed_at_ms=state.changed_at_ms,
         attempts=[attempt_to_pb(attempt, job_id=job.id) for attempt in view.attempts],
         task_group=state.task_group,
@@ -68,7 +68,7 @@ def attempt_to_pb(attempt: Attempt, *, job_id: str) -> pb.JobAttempt:
         job_id=job_id,
         attempt_number=attempt.attempt_number,
         task_id=attempt.task_id,
-        status=pb.AttemptStatus.ValueType(attempt.status),
+        status=pb.AttemptStatus.Name(attempt.status),
         started_at_ms=attempt.started_at_ms,
         finished_at_ms=attempt.finished_at_ms,
     )
@@ -92,7 +92,7 @@ def job_result_to_pb(view: JobView) -> pb.GetJobResultResponse:
     state = view.state
     response = pb.GetJobResultResponse(
         id=state.job_id,
-        status=pb.JobStatus.ValueType(state.status),
+        status=pb.JobStatus.Name(state.status),
         finished_at_ms=state.changed_at_ms,
     )
     match state.status:

@@ -19,7 +19,9 @@ class PayloadError(SiloError):
 
 
 def encode(value: object) -> bytes:
-    """One MessagePack value. Dataclasses and msgspec structs become maps, tuples arrays, aware datetimes timestamps.
+    """One MessagePack value.
+
+    Dataclasses and msgspec structs become maps, tuples arrays, aware datetimes timestamps.
 
     Raises:
         PayloadError: a type that has no form in MessagePack, or a number beyond 64 bits.

@@ -48,7 +48,9 @@ class CancellationSignal:
 class TaskContext(Generic[P, M]):
     """A task, and what its handler can do about it."""
 
-    def __init__(self, task: Task[P, M], signal: CancellationSignal, cancel: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, task: Task[P, M], signal: CancellationSignal, cancel: Callable[[], Awaitable[None]]
+    ) -> None:
         self.task = task
         self.cancellation_signal = signal
         self._cancel = cancel

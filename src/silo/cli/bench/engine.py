@@ -39,9 +39,7 @@ async def _open_shard(root: Path) -> AsyncIterator[Shard]:
 
 
 def _new_job(tenant: str = DEFAULT_TENANT, job_id: str | None = None) -> NewJob:
-    return NewJob(
-        tenant=tenant, id=job_id, task_group=_GROUP, priority=50, start_at_ms=0, payload=_PAYLOAD
-    )
+    return NewJob(tenant=tenant, id=job_id, task_group=_GROUP, priority=50, start_at_ms=0, payload=_PAYLOAD)
 
 
 async def _enqueue(shard: Shard, count: int, tenant: str = DEFAULT_TENANT) -> None:
@@ -55,9 +53,7 @@ async def _enqueue(shard: Shard, count: int, tenant: str = DEFAULT_TENANT) -> No
 
 
 async def _lease(shard: Shard, worker: str, count: int = _LEASE) -> list[LeasedTask]:
-    return await shard.lease_tasks(
-        worker_id=worker, task_group=_GROUP, max_tasks=count, wait_ms=20
-    )
+    return await shard.lease_tasks(worker_id=worker, task_group=_GROUP, max_tasks=count, wait_ms=20)
 
 
 async def _report(shard: Shard, task: LeasedTask) -> None:

@@ -6,10 +6,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from silo import SiloGRPCClient, SiloWorker
+from silo import SiloGRPCClient, SiloWorker, TaskContext
 from silo.cli.bench.measure import percentile
 from silo.cli.server_process import ServerProcess
-from silo import TaskContext
 
 _GROUP = "bench"
 _PAYLOAD = "x" * 100

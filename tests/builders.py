@@ -100,5 +100,5 @@ async def reopened(
 async def until(condition: Callable[[], bool], *, timeout_s: float = 10.0) -> None:
     """Wait for a state, with a deadline."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  # What is waited for may lie in another process.
             await asyncio.sleep(0.005)

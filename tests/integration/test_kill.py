@@ -6,12 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tests.builders import check_snapshot
 
 from silo import RetryPolicy, SiloGRPCClient, SiloWorker
 from silo.cli.server_process import ServerProcess
 from silo.storage.slate import SlateStorage
 from silo.worker.context import TaskContext
+from tests.invariants import check_snapshot
 
 _GROUP = "crash"
 _RETRY = RetryPolicy(

@@ -38,12 +38,10 @@ class Committer:
         *,
         seal: Callable[[Rows], None],
         failed: Callable[[BaseException], None],
-        write_timeout_s: float,
     ) -> None:
         self._store = store
         self._seal = seal
         self._failed = failed
-        self._write_timeout_s = write_timeout_s
         self.rows: Rows = {}  # The open group. Added to between two awaits, never across one.
         self._writing: Rows = {}
         self._waiters: list[asyncio.Future[None]] = []
@@ -135,9 +133,8 @@ class Committer:
         self._writing, self._writing_waiters = rows, waiters
         try:
             self._seal(rows)
-            async with asyncio.timeout(self._write_timeout_s):
-                await self._store.write(rows)
-        except (SiloError, TimeoutError, AssertionError) as error:
+            await self._store.write(rows)
+        except SiloError as error:
             self.fail(error)
             return False
         self._writing = {}

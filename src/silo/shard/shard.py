@@ -40,6 +40,7 @@ from silo.shard.committer import Committer, Rows
 from silo.shard.dispatch import TaskGroupQueue
 from silo.shard.feeder import Feeder
 from silo.shard.floors import Floors
+from silo.shard.guard import GuardedStore
 from silo.shard.views import Counters, JobCache, leases_from
 from silo.shard.window import Window
 from silo.storage import codec, keys
@@ -49,6 +50,7 @@ from silo.storage.store import Row, Store
 LEASE_COUNT_MAX = 4096  # Tasks and payload bytes handed out by one call.
 LEASE_BYTES_MAX = 32 << 20
 GROUP_ROWS_MAX = 100_000  # Rows in the open group before commands are refused.
+_TAKE_AT_ONCE = 64  # Tasks between two looks at how much was taken.
 _TICK_TASKS = 512
 _TIMER_WINDOW = 512
 _SCAN_ROWS = 4096
@@ -60,7 +62,7 @@ class ShardOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of a shard."""
 
     priority_step_ms: int = PRIORITY_STEP_MS
-    write_timeout_s: float = 30.0  # A group that takes longer counts as failed.
+    store_timeout_s: float = 30.0  # A call to the store that takes longer counts as failed.
 
 
 class Shard:
@@ -85,7 +87,7 @@ class Shard:
         self.shard_id = shard_id
         self.range = range
         self.created_at_ms = recovered.created_at_ms
-        self._store = store
+        self._store = store = GuardedStore(store, timeout_s=options.store_timeout_s, failed=self._fail)
         self._clock = clock
         self._rng = rng
         self._step_ms = options.priority_step_ms
@@ -95,9 +97,7 @@ class Shard:
         self._leases = leases_from(recovered.leases, grace_until_ms=clock.now_ms() + LEASE_MS)
         self._queues: dict[str, TaskGroupQueue] = {}
         self._timers = Window(self._floors.start(keys.TIMERS))
-        self._committer = Committer(
-            store, seal=self._seal, failed=self._stop, write_timeout_s=options.write_timeout_s
-        )
+        self._committer = Committer(store, seal=self._seal, failed=self._stop)
         self._feeder = Feeder(
             store=store,
             committer=self._committer,
@@ -133,19 +133,21 @@ class Shard:
         Raises:
             StoreError: the store failed, or its records do not decode.
         """
+        options = options or ShardOptions()
+        guarded = GuardedStore(store, timeout_s=options.store_timeout_s)
         try:
-            recovered = await _recover(store, clock.now_ms())
+            recovered = await _recover(guarded, clock.now_ms())
             shard = cls(
                 shard_id=shard_id,
                 range=range,
                 store=store,
                 clock=clock,
                 rng=rng,
-                options=options or ShardOptions(),
+                options=options,
                 recovered=recovered,
             )
         except BaseException:
-            await store.close()
+            await guarded.close()
             raise
         shard._start()
         return shard
@@ -270,18 +272,12 @@ class Shard:
         the tasks were taken leaves them where they were; after that they stay leased.
         """
         wanted = min(max_tasks, LEASE_COUNT_MAX)
-        queue = self._queue(task_group)
         deadline_ms = self._clock.now_ms() + wait_ms
         while wanted > 0:
-            self._check_open()
-            taken = self._take(queue, worker_id, wanted)
-            feeding = self._feeder.feed(queue, wanted)
+            taken = await self._take_all(task_group, worker_id, wanted)
             if taken:
                 await self._committer.durable()
                 return taken
-            if feeding is not None:
-                await asyncio.wait({feeding})
-                continue
             if self._clock.now_ms() >= deadline_ms:
                 break
             await self._work_or_deadline(task_group, deadline_ms)
@@ -485,8 +481,7 @@ class Shard:
             await asyncio.wait(late)
         self._committer.fail(ShardClosed("shard closed", shard=self.shard_id))
         if not self._is_closed:
-            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                await self._store.close()
+            await self._store.close()
             self._is_closed = True
 
     def _stop(self, cause: BaseException | None) -> None:
@@ -551,13 +546,27 @@ class Shard:
         await self._committer.durable()
         raise refusal
 
-    def _take(self, queue: TaskGroupQueue, worker_id: str, wanted: int) -> list[LeasedTask]:
+    async def _take_all(self, task_group: str, worker_id: str, wanted: int) -> list[LeasedTask]:
+        """Lease what is due, reading on in the store while it has more."""
+        taken: list[LeasedTask] = []
+        size = 0
+        while True:
+            self._check_open()
+            queue = self._queue(task_group)
+            found = self._take(queue, worker_id, wanted - len(taken), LEASE_BYTES_MAX - size)
+            taken += found
+            size += sum(len(task.job.payload) for task in found)
+            feeding = self._feeder.feed(queue, wanted)
+            if feeding is None or len(taken) >= wanted or size >= LEASE_BYTES_MAX:
+                return taken
+            await asyncio.wait({feeding})
+
+    def _take(self, queue: TaskGroupQueue, worker_id: str, wanted: int, bytes_max: int) -> list[LeasedTask]:
         now_ms = self._clock.now_ms()
         leased: list[LeasedTask] = []
         size = 0
-        while len(leased) < wanted and size < LEASE_BYTES_MAX:
-            room = wanted - len(leased)
-            taken = queue.take(min(room, 64), self._feeder.is_loaded)
+        while len(leased) < wanted and size < bytes_max:
+            taken = queue.take(min(wanted - len(leased), _TAKE_AT_ONCE), self._feeder.is_loaded)
             if not taken:
                 break
             for state in taken:

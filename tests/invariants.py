@@ -1,0 +1,171 @@
+"""What must hold of every durable snapshot of a shard, and between two of them.
+
+Numbers in comments are those of the list of invariants in the specification of the engine.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+
+import msgspec
+
+from silo.model.attempt import Attempt, AttemptStatus
+from silo.model.counts import ShardTotals, TenantCounts
+from silo.model.job import MOVES, Job, JobState, JobStatus
+from silo.storage import codec, keys
+from silo.storage.batch import derived_keys
+
+Rows = Mapping[bytes, bytes]
+Name = tuple[str, str]  # Tenant and job id.
+
+
+class Stored(msgspec.Struct):
+    """All that a snapshot holds of one job."""
+
+    state: JobState
+    job: Job
+    attempts: list[Attempt]
+
+
+def jobs_in(rows: Rows) -> dict[Name, Stored]:
+    """Every job of a snapshot; each has its description, its state and its attempts in order."""
+    states: dict[Name, JobState] = {}
+    jobs: dict[Name, Job] = {}
+    attempts: dict[Name, list[Attempt]] = {}
+    for key in sorted(row for row in rows if row.startswith(b"j")):
+        tenant, at = keys.read_text(key, 1)
+        job_id, at = keys.read_text(key, at)
+        name = (tenant, job_id)
+        match key[at]:
+            case 0:
+                states[name] = codec.decode(JobState, rows[key])
+            case 1:
+                jobs[name] = codec.decode(Job, rows[key])
+            case _:
+                attempts.setdefault(name, []).append(codec.decode(Attempt, rows[key]))
+    assert states.keys() == jobs.keys(), "a job without its description, or the other way round"
+    assert attempts.keys() <= states.keys(), "attempts of a job that does not exist"  # 59
+    return {name: Stored(state, jobs[name], attempts.get(name, [])) for name, state in states.items()}
+
+
+def check_snapshot(rows: Rows) -> dict[Name, Stored]:
+    """Hold one snapshot against what must always be true; the jobs in it."""
+    jobs = jobs_in(rows)
+    for (tenant, job_id), stored in jobs.items():
+        assert (stored.state.tenant, stored.state.job_id) == (tenant, job_id)
+        assert (stored.job.tenant, stored.job.id) == (tenant, job_id)
+        _check_locus(stored.state)
+        _check_attempts(stored)
+    _check_task_ids(jobs)
+    _check_derived_rows(rows, jobs)
+    _check_counts(rows, jobs)
+    _check_floors(rows)
+    return jobs
+
+
+def _check_locus(state: JobState) -> None:
+    """Where a job is follows from its status (3, 7, 8, 9, 35)."""
+    assert (state.pending is not None) == (state.status is JobStatus.SCHEDULED)
+    assert (state.lease is not None) == (state.status is JobStatus.RUNNING)
+    assert state.status is not JobStatus.SCHEDULED or state.cancelled_at_ms is None
+    assert (state.status is JobStatus.SCHEDULED) <= (state.next_start_ms is not None)
+
+
+def _check_attempts(stored: Stored) -> None:
+    """History is whole, in order, within its budget, and agrees with the status (4, 25, 36, 37)."""
+    state, attempts = stored.state, stored.attempts
+    assert [attempt.attempt_number for attempt in attempts] == list(range(1, state.attempts_ended + 1))
+    budget = (state.retry_policy.retry_count if state.retry_policy else 0) + 1
+    previous = 0
+    for attempt in attempts:
+        assert attempt.status is not AttemptStatus.RUNNING
+        assert attempt.finished_at_ms is not None
+        assert attempt.relative_attempt_number in (previous + 1, 1)
+        previous = attempt.relative_attempt_number
+        assert previous <= budget
+    assert state.relative_attempt_number <= min(budget, state.next_attempt_number)
+    successes = [attempt for attempt in attempts if attempt.status is AttemptStatus.SUCCEEDED]
+    assert len(successes) == (state.status is JobStatus.SUCCEEDED), "a job succeeds once, or has not"
+    if state.status is JobStatus.SUCCEEDED:
+        assert attempts[-1] is successes[0]
+    if state.status is JobStatus.FAILED:
+        assert attempts[-1].status is AttemptStatus.FAILED
+
+
+def _check_task_ids(jobs: Mapping[Name, Stored]) -> None:
+    """A task id belongs to one attempt (1, 2, 54)."""
+    used: Counter[str] = Counter()
+    for stored in jobs.values():
+        used.update(attempt.task_id for attempt in stored.attempts)
+        if stored.state.lease is not None:
+            used[stored.state.lease.task_id] += 1
+    assert all(count == 1 for count in used.values()), used.most_common(3)
+
+
+def _check_derived_rows(rows: Rows, jobs: Mapping[Name, Stored]) -> None:
+    """Queues, timers, leases and indexes are exactly what the jobs say (1, 2, 3, 8, 9, 35, 46)."""
+    expected: dict[bytes, bytes] = {}
+    for (tenant, job_id), stored in jobs.items():
+        index_row, *locus = derived_keys(stored.state)
+        expected[index_row] = b""
+        expected |= dict.fromkeys(locus, codec.encode(stored.state))
+        for name, value in stored.job.metadata:
+            expected[keys.metadata_index_key(tenant, name, value, job_id)] = b""
+    found = {key: value for key, value in rows.items() if key[:1] in (b"i", b"m", b"q", b"t", b"l")}
+    assert found == expected
+
+
+def _check_counts(rows: Rows, jobs: Mapping[Name, Stored]) -> None:
+    """Counters are exact at every commit (45)."""
+    counts: dict[str, TenantCounts] = {}
+    for (tenant, _), stored in jobs.items():
+        counts[tenant] = counts.get(tenant, TenantCounts()).moved(None, stored.state.status)
+    found = {
+        keys.read_text(key, 1)[0]: codec.decode(TenantCounts, value)
+        for key, value in rows.items()
+        if key[:1] == b"c"
+    }
+    assert found == counts
+    ended = sum(stored.state.status.is_terminal for stored in jobs.values())
+    totals = codec.decode(ShardTotals, rows[keys.TOTALS]) if keys.TOTALS in rows else ShardTotals()
+    assert totals == ShardTotals(len(jobs), ended)
+
+
+def _check_floors(rows: Rows) -> None:
+    """No live row lies below the floor of its range."""
+    for key, value in rows.items():
+        if key.startswith(keys.FLOORS):
+            prefix, floor = key[1:], codec.decode(bytes, value)
+            below = [row for row in rows if row.startswith(prefix) and row < floor]
+            assert not below, (floor, below)
+
+
+def check_step(before: Mapping[Name, Stored], after: Mapping[Name, Stored]) -> None:
+    """Hold a later snapshot against an earlier one (5, 6, 14, 48, 59)."""
+    for name, old in before.items():
+        new = after.get(name)
+        if new is None or new.job != old.job:
+            assert old.state.status.is_terminal, f"{name} vanished while it was {old.state.status.label}"
+            continue
+        assert new.attempts[: len(old.attempts)] == old.attempts, "history was rewritten"
+        _check_move(old.state, new.state)
+
+
+def _check_move(old: JobState, new: JobState) -> None:
+    if old.status is not new.status:
+        reachable = _reachable(old.status)
+        assert new.status in reachable, f"{old.status.label} became {new.status.label}"
+    if old.cancelled_at_ms is not None and new.cancelled_at_ms is None:
+        assert old.status is not JobStatus.SUCCEEDED, "a flag disappeared from a succeeded job"
+        assert new.next_attempt_number > old.attempts_ended, "a flag disappears only by restart"
+
+
+def _reachable(status: JobStatus) -> set[JobStatus]:
+    """What one or more moves lead to: snapshots may be several steps apart."""
+    found: set[JobStatus] = set()
+    todo = [status]
+    while todo:
+        for after in MOVES[todo.pop()]:
+            if after not in found:
+                found.add(after)
+                todo.append(after)
+    return found

@@ -23,11 +23,11 @@ _WINDOW_MIN, _WINDOW_MAX, _ROWS_MAX = 16, 512, 100_000
 class TaskGroupQueue:
     """The due work of one task group. Pure: it never touches the store."""
 
-    def __init__(self, task_group: str, *, residents_max: int = RESIDENTS_MAX) -> None:
+    def __init__(self, task_group: str, *, residents_max: int | None = None) -> None:
         self.task_group = task_group
         self.prefix = keys.queue_group_prefix(task_group)
         self.end = keys.range_end(self.prefix)
-        self._residents_max = residents_max
+        self._residents_max = residents_max or RESIDENTS_MAX
         self._residents: dict[str, Window] = {}  # In the order of turns.
         self.beyond: bytes | None = self.prefix
         self._turns = 0  # Since the cursor last moved.

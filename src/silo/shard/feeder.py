@@ -137,7 +137,9 @@ class Feeder:
                 break
             missing.append(state)
         rows = [keys.job_key(state.tenant, state.job_id) for state in missing]
-        for state, value in zip(missing, await self._committer.read(rows), strict=True):
+        found = list(zip(missing, await self._committer.read(rows), strict=True))
+        # Last to first: what runs next is the newest in the cache, so no other pushes it out.
+        for state, value in reversed(found):
             if value is not None:
                 self._jobs.put(codec.decode(Job, value))
             else:

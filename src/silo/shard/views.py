@@ -128,10 +128,9 @@ class Counters:
 class JobCache:
     """Descriptions of jobs that will run soon, within a bound in bytes; oldest leave first."""
 
-    def __init__(self, bytes_max: int = JOB_CACHE_BYTES_MAX) -> None:
+    def __init__(self) -> None:
         self._jobs: dict[tuple[str, str], Job] = {}
         self._bytes = 0
-        self._bytes_max = bytes_max
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -143,7 +142,7 @@ class JobCache:
         return (state.tenant, state.job_id) in self._jobs
 
     def has_room(self, job: Job) -> bool:
-        return self._bytes + len(job.payload) + _JOB_OVERHEAD_BYTES <= self._bytes_max
+        return self._bytes + len(job.payload) + _JOB_OVERHEAD_BYTES <= JOB_CACHE_BYTES_MAX
 
     def put(self, job: Job) -> None:
         key = (job.tenant, job.id)
@@ -151,7 +150,7 @@ class JobCache:
             return
         self._jobs[key] = job
         self._bytes += len(job.payload) + _JOB_OVERHEAD_BYTES
-        while self._bytes > self._bytes_max and len(self._jobs) > 1:
+        while self._bytes > JOB_CACHE_BYTES_MAX and len(self._jobs) > 1:
             self.drop(*next(iter(self._jobs)))
 
     def drop(self, tenant: str, job_id: str) -> None:

@@ -30,7 +30,7 @@ class TaskGroupQueue:
         self._residents_max = residents_max or RESIDENTS_MAX
         self._residents: dict[str, Window] = {}  # In the order of turns.
         self.beyond: bytes | None = self.prefix
-        self._turns = 0  # Since the cursor last moved.
+        self._turns = 0  # Tasks taken since the cursor last moved.
         self._has_missed = False  # Some tenant behind the cursor may have work and no window.
 
     def __repr__(self) -> str:
@@ -90,11 +90,11 @@ class TaskGroupQueue:
             tenant, window = next(iter(self._residents.items()))
             del self._residents[tenant]
             self._residents[tenant] = window  # Its turn is over.
-            self._turns += 1
             if not len(window) or not is_loaded(window.first()):
                 passed += 1
                 continue
             passed = 0
+            self._turns += 1  # Only work that was taken counts: the others must not make room yet.
             key = window.first_key
             assert key is not None
             taken.append(window.first())

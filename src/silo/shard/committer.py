@@ -13,7 +13,7 @@ Guarantees:
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 
-from silo.errors import ShardClosed, SiloError
+from silo.errors import ShardClosed, SiloError, StoreError
 from silo.storage.store import Store
 
 Rows = dict[bytes, bytes | None]
@@ -90,6 +90,10 @@ class Committer:
         """The current values of `keys`, the open group included.
 
         They are current when this returns: no await stands between the last look and the return.
+
+        Raises:
+            ShardClosed: the store failed.
+            StoreCorrupt: what is stored under one of the keys is damaged.
         """
         values: Rows = {}
         missing = [key for key in keys if not self._look(key, values)]
@@ -98,6 +102,10 @@ class Committer:
             self._reads.add(reads)
             try:
                 loaded = await self._store.get_many(missing)
+            except StoreError:
+                if self._failure is not None:
+                    raise self._failure  # noqa: B904  # It has the store's error as its cause.
+                raise
             finally:
                 self._reads.discard(reads)
             values.update(zip(missing, loaded, strict=True))

@@ -162,6 +162,10 @@ class Shard:
     def counts(self) -> ShardTotals:
         return self._counters.totals
 
+    def queue(self, task_group: str) -> TaskGroupQueue | None:
+        """What is in memory of a task group's due work, to look at; None before anyone asked for it."""
+        return self._queues.get(task_group)
+
     @property
     def groups_written(self) -> int:
         """Durable groups since the shard was opened."""

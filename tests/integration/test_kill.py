@@ -2,13 +2,13 @@
 
 import asyncio
 import random
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from silo import RetryPolicy, SiloGRPCClient, SiloWorker
 from silo.cli.server_process import ServerProcess
+from silo.node.layout import LAYOUT_STORE
 from silo.storage.slate import SlateStorage
 from silo.worker.context import TaskContext
 from tests.invariants import check_snapshot
@@ -33,8 +33,7 @@ async def _survive(folder: Path, *, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     server = ServerProcess(folder)
     await server.start()
-    acknowledged: set[str] = set()
-    reported: Counter[str] = Counter()
+    acknowledged: dict[str, int] = {}  # Job id to payload.
     stop = asyncio.Event()
     try:
         async with SiloGRPCClient(servers=[server.address]) as client:
@@ -42,7 +41,6 @@ async def _survive(folder: Path, *, kills: int, seed: int) -> None:
             async def handler(ctx: TaskContext[int, dict[str, str]]) -> int:
                 if ctx.task.payload % 7 == 0 and ctx.task.attempt_number == 1:
                     raise ValueError("fails once on purpose")
-                reported[ctx.task.job_id] += 1
                 return ctx.task.payload * 2
 
             worker = SiloWorker(
@@ -56,7 +54,7 @@ async def _survive(folder: Path, *, kills: int, seed: int) -> None:
                 on_error=lambda error, context: None,
             )
             async with worker:
-                producers = [asyncio.create_task(_produce(client, stop, acknowledged, n)) for n in range(4)]
+                producers = [asyncio.create_task(_produce(client, stop, acknowledged)) for _ in range(4)]
                 for _ in range(kills):
                     await asyncio.sleep(rng.uniform(0.02, 0.4))
                     await server.kill()
@@ -70,40 +68,39 @@ async def _survive(folder: Path, *, kills: int, seed: int) -> None:
     await _check_shards(folder, acknowledged)
 
 
-async def _produce(client: SiloGRPCClient, stop: asyncio.Event, acknowledged: set[str], number: int) -> None:
+async def _produce(client: SiloGRPCClient, stop: asyncio.Event, acknowledged: dict[str, int]) -> None:
     count = 0
     while not stop.is_set():
         count += 1
-        handle = await client.enqueue(
-            payload=count, task_group=_GROUP, retry_policy=_RETRY, id=f"{number}-{count}"
-        )
-        acknowledged.add(handle.id)
+        handle = await client.enqueue(payload=count, task_group=_GROUP, retry_policy=_RETRY)
+        acknowledged[handle.id] = count
         await asyncio.sleep(0.005)
 
 
-async def _all_succeed(client: SiloGRPCClient, job_ids: set[str]) -> None:
-    for job_id in sorted(job_ids):
+async def _all_succeed(client: SiloGRPCClient, acknowledged: dict[str, int]) -> None:
+    for job_id, payload in acknowledged.items():
         handle = client.handle(job_id)
         result = await handle.result(timeout=60)
         job = await handle.job(include_attempts=True)
         assert result.status == "Succeeded", (job_id, result)
         successes = [attempt for attempt in job.attempts or () if attempt.status == "Succeeded"]
         assert len(successes) == 1, (job_id, job.attempts)
-        assert result.result == int(job_id.split("-")[1]) * 2
+        assert result.result == payload * 2
 
 
-async def _check_shards(folder: Path, acknowledged: set[str]) -> None:
+async def _check_shards(folder: Path, acknowledged: dict[str, int]) -> None:
     """Read every row of every shard and hold it against the invariants."""
     storage = SlateStorage(str(folder))
-    found = 0
-    for path in sorted(folder.iterdir()):
-        if not path.is_dir() or path.name.startswith("_"):
-            continue
-        store = await storage.open(path.name)
+    found: set[str] = set()
+    for name in _shard_names(folder):
+        store = await storage.open(name)
         try:
             rows = await store.scan(b"\x00", b"\xff", limit=10_000_000)
         finally:
             await store.close()
-        check_snapshot(dict(rows))
-        found += sum(1 for key, _ in rows if key.startswith(b"j") and key.endswith(b"\x00\x00\x01"))
-    assert found >= len(acknowledged)
+        found |= {job_id for _, job_id in check_snapshot(dict(rows))}
+    assert acknowledged.keys() <= found
+
+
+def _shard_names(folder: Path) -> list[str]:
+    return [path.name for path in sorted(folder.iterdir()) if path.is_dir() and path.name != LAYOUT_STORE]

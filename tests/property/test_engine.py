@@ -447,7 +447,7 @@ _TINY: dict[ModuleType, dict[str, int]] = {
         "_PAGE_ROWS": 2,
         "_PAGE_TENANTS": 1,
     },
-    shard_module: {"_TIMER_WINDOW": 4, "_TICK_TASKS": 3, "_SCAN_ROWS": 2, "_TAKE_AT_ONCE": 2},
+    shard_module: {"_TIMER_WINDOW": 4, "_TICK_TASKS": 3, "_SCAN_ROWS": 2},
     views: {"TENANT_COUNTS_MAX": 2, "JOB_CACHE_BYTES_MAX": 1},
 }
 

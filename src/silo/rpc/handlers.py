@@ -7,8 +7,10 @@ import functools
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast  # grpc is untyped: contexts are Any here.
+from urllib.parse import quote
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 
 from silo.errors import ErrorKind, SiloError
 from silo.node.node import Node
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 WAIT_KEY = "silo-wait-ms"  # Our addition: how long a LeaseTasks call may wait for work.
 _WAIT_MS = 25
 _WAIT_MS_MAX = 30_000
+_TEXT_BYTES_MAX = 4096  # A status text travels in a header, of which clients take 8 KiB at most.
+_SERVICE = pb.DESCRIPTOR.services_by_name["Silo"]
 
 _Handler = TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
 
@@ -39,7 +43,7 @@ def _answering(handler: _Handler) -> _Handler:
         try:
             return await handler(self, request, context)
         except SiloError as error:
-            await context.abort(STATUS[error.kind], error.message)
+            await context.abort(STATUS[error.kind], _shortened(error.message))
         except Exception as error:
             if context.done() or isinstance(error, grpc.aio.AbortError):
                 raise
@@ -119,7 +123,9 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
         validate.metadata(request.metadata)
         validate.task_group(request.task_group, is_new=True)
         validate.limits(request.limits)
-        return pb.EnqueueResponse(id=await shard.enqueue(convert.new_job_from_pb(request, tenant=tenant)))
+        new = convert.new_job_from_pb(request, tenant=tenant)
+        validate.payload(new.payload)
+        return pb.EnqueueResponse(id=await shard.enqueue(new))
 
     @_answering
     async def GetJob(self, request: pb.GetJobRequest, context: Any) -> pb.GetJobResponse:
@@ -214,7 +220,7 @@ def _unsupported(method: str) -> Callable[..., Awaitable[Any]]:
     return refuse
 
 
-for _method in pb.DESCRIPTOR.services_by_name["Silo"].methods:
+for _method in _SERVICE.methods:
     if _method.name not in vars(SiloServicer):
         setattr(SiloServicer, _method.name, _unsupported(_method.name))
 
@@ -224,3 +230,56 @@ def _wait_ms(context: Any) -> int:
         if key == WAIT_KEY and isinstance(value, str) and value.isascii() and value.isdigit():
             return min(int(value[:9]), _WAIT_MS_MAX)
     return _WAIT_MS
+
+
+def silo_handlers(node: Node) -> grpc.GenericRpcHandler:
+    """All methods of `silo.v1.Silo`, by their paths.
+
+    The generated registration answers UNKNOWN, which says nothing, to bytes that
+    are no message; here they are a wrong request like any other.
+    """
+    servicer = SiloServicer(node)
+    methods = {}
+    for method in _SERVICE.methods:
+        answers = (
+            grpc.unary_stream_rpc_method_handler
+            if method.server_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+        methods[method.name] = answers(
+            _readable(getattr(servicer, method.name)),
+            request_deserializer=_reader(getattr(pb, method.input_type.name)),
+            response_serializer=getattr(pb, method.output_type.name).SerializeToString,
+        )
+    return grpc.method_handlers_generic_handler(_SERVICE.full_name, methods)
+
+
+class _Unreadable:
+    """Stands for a request that does not decode."""
+
+
+def _reader(message: type[Message]) -> Callable[[bytes], Message | _Unreadable]:
+    def read(data: bytes) -> Message | _Unreadable:
+        try:
+            return message.FromString(data)
+        except DecodeError:
+            return _Unreadable()
+
+    return read
+
+
+def _readable(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def answer(request: Any, context: Any) -> Any:
+        if isinstance(request, _Unreadable):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request does not decode")
+        return await handler(request, context)
+
+    return answer
+
+
+def _shortened(text: str) -> str:
+    """`text` without its middle if it is too long: what clients match on stands at either end."""
+    if len(quote(text)) <= _TEXT_BYTES_MAX:  # Signs beyond ASCII travel as three bytes for each of theirs.
+        return text
+    half = _TEXT_BYTES_MAX // 24  # One sign takes twelve bytes at most.
+    return f"{text[:half]}…{text[-half:]}"

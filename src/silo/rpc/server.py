@@ -9,8 +9,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from silo.errors import SiloError
 from silo.node.node import Node
-from silo.rpc.handlers import SiloServicer
-from silo.wire.pb.silo.v1 import silo_pb2, silo_pb2_grpc
+from silo.rpc.handlers import silo_handlers
+from silo.wire.pb.silo.v1 import silo_pb2
 
 MESSAGE_BYTES_MAX = 128 << 20
 DRAIN_S = 5.0
@@ -53,7 +53,7 @@ async def listen(addr: str, node: Node) -> AsyncIterator[str]:
         CannotListen: the text names the address and the setting.
     """
     server = grpc.aio.server(options=_OPTIONS)
-    silo_pb2_grpc.add_SiloServicer_to_server(SiloServicer(node), server)
+    server.add_generic_rpc_handlers((silo_handlers(node),))
     service = silo_pb2.DESCRIPTOR.services_by_name["Silo"].full_name
     checks = health.aio.HealthServicer()
     for name in ("", service):

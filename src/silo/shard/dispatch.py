@@ -20,6 +20,31 @@ RESIDENTS_MAX = 10_000
 _WINDOW_MIN, _WINDOW_MAX, _ROWS_MAX = 16, 512, 100_000
 
 
+class Room:
+    """What one answer may still hold. With `takes_any_first` the first task may be of any size."""
+
+    def __init__(self, tasks: int, bytes_left: int, *, takes_any_first: bool) -> None:
+        self.tasks = tasks
+        self._bytes = bytes_left
+        self._takes_any = takes_any_first
+
+    @property
+    def is_full(self) -> bool:
+        return self.tasks <= 0 or self._bytes <= 0
+
+    def fits(self, state: JobState) -> bool:
+        return not self.is_full and (self._takes_any or state.payload_bytes <= self._bytes)
+
+    def use(self, state: JobState) -> None:
+        self.tasks -= 1
+        self._bytes -= state.payload_bytes
+        self._takes_any = False
+
+    def close(self) -> None:
+        """The next task does not fit: whoever looks further would only overtake it."""
+        self.tasks = 0
+
+
 class TaskGroupQueue:
     """The due work of one task group. Pure: it never touches the store."""
 
@@ -79,25 +104,31 @@ class TaskGroupQueue:
             window.remove(key)
             self._drop_if_done(tenant, window)
 
-    def take(self, count: int, is_loaded: Callable[[JobState], bool]) -> list[JobState]:
-        """Take up to `count` tasks by turns; the caller deletes their rows in the same step.
+    def take(self, room: Room, is_loaded: Callable[[JobState], bool]) -> list[JobState]:
+        """Take what there is room for, by turns; the caller deletes the rows in the same step.
 
         A tenant whose next task is not loaded is passed over.
         """
         taken: list[JobState] = []
         passed = 0
-        while len(taken) < count and passed < len(self._residents):
+        while not room.is_full and passed < len(self._residents):
             tenant, window = next(iter(self._residents.items()))
+            is_ready = len(window) > 0 and is_loaded(window.first())
+            if is_ready and not room.fits(window.first()):
+                room.close()
+                break
             del self._residents[tenant]
             self._residents[tenant] = window  # Its turn is over.
-            if not len(window) or not is_loaded(window.first()):
+            if not is_ready:
                 passed += 1
                 continue
             passed = 0
             self._turns += 1  # Only work that was taken counts: the others must not make room yet.
             key = window.first_key
             assert key is not None
-            taken.append(window.first())
+            state = window.first()
+            room.use(state)
+            taken.append(state)
             window.remove(key)
             self._drop_if_done(tenant, window)
         return taken

@@ -37,7 +37,7 @@ from silo.model.job import LEASE_MS, Delayed, Job, JobState, LeasedTask, NewJob,
 from silo.model.shards import HashRange
 from silo.model.view import JobView
 from silo.shard.committer import Committer, Rows
-from silo.shard.dispatch import TaskGroupQueue
+from silo.shard.dispatch import Room, TaskGroupQueue
 from silo.shard.feeder import Feeder
 from silo.shard.floors import Floors
 from silo.shard.guard import GuardedStore
@@ -50,7 +50,6 @@ from silo.storage.store import Row, Store
 LEASE_COUNT_MAX = 4096  # Tasks and payload bytes handed out by one call.
 LEASE_BYTES_MAX = 32 << 20
 GROUP_ROWS_MAX = 100_000  # Rows in the open group before commands are refused.
-_TAKE_AT_ONCE = 64  # Tasks between two looks at how much was taken.
 _TICK_TASKS = 512
 _TIMER_WINDOW = 512
 _SCAN_ROWS = 4096
@@ -268,17 +267,26 @@ class Shard:
     # Commands of workers
 
     async def lease_tasks(
-        self, *, worker_id: str, task_group: str, max_tasks: int, wait_ms: int = 0
+        self,
+        *,
+        worker_id: str,
+        task_group: str,
+        max_tasks: int,
+        wait_ms: int = 0,
+        bytes_max: int = LEASE_BYTES_MAX,
     ) -> list[LeasedTask]:
         """Lease up to `max_tasks` due tasks, by turns of tenants and virtual deadlines.
+
+        Their payloads have `bytes_max` bytes at most in all. A larger one goes alone, to a
+        call with the default bound.
 
         With none ready it waits up to `wait_ms` for one. A caller that goes away before
         the tasks were taken leaves them where they were; after that they stay leased.
         """
-        wanted = min(max_tasks, LEASE_COUNT_MAX)
+        room = Room(min(max_tasks, LEASE_COUNT_MAX), bytes_max, takes_any_first=bytes_max >= LEASE_BYTES_MAX)
         deadline_ms = self._clock.now_ms() + wait_ms
-        while wanted > 0:
-            taken = await self._take_all(task_group, worker_id, wanted)
+        while not room.is_full:
+            taken = await self._take_all(task_group, worker_id, room)
             if taken:
                 await self._committer.durable()
                 return taken
@@ -550,36 +558,27 @@ class Shard:
         await self._committer.durable()
         raise refusal
 
-    async def _take_all(self, task_group: str, worker_id: str, wanted: int) -> list[LeasedTask]:
+    async def _take_all(self, task_group: str, worker_id: str, room: Room) -> list[LeasedTask]:
         """Lease what is due, reading on in the store while it has more."""
         taken: list[LeasedTask] = []
-        size = 0
         while True:
             self._check_open()
             queue = self._queue(task_group)
-            found = self._take(queue, worker_id, wanted - len(taken), LEASE_BYTES_MAX - size)
-            taken += found
-            size += sum(len(task.job.payload) for task in found)
-            feeding = self._feeder.feed(queue, wanted)
-            if feeding is None or len(taken) >= wanted or size >= LEASE_BYTES_MAX:
+            taken += self._take(queue, worker_id, room)
+            feeding = self._feeder.feed(queue, room.tasks)
+            if feeding is None or room.is_full:
                 return taken
             await asyncio.wait({feeding})
 
-    def _take(self, queue: TaskGroupQueue, worker_id: str, wanted: int, bytes_max: int) -> list[LeasedTask]:
+    def _take(self, queue: TaskGroupQueue, worker_id: str, room: Room) -> list[LeasedTask]:
         now_ms = self._clock.now_ms()
         leased: list[LeasedTask] = []
-        size = 0
-        while len(leased) < wanted and size < bytes_max:
-            taken = queue.take(min(wanted - len(leased), _TAKE_AT_ONCE), self._feeder.is_loaded)
-            if not taken:
-                break
-            for state in taken:
-                job = self._jobs.pop(state)
-                change = leasing.lease(state, task_id=self._new_id(), worker_id=worker_id, now_ms=now_ms)
-                self._apply(change)
-                assert change.after is not None
-                leased.append(LeasedTask(job, change.after))
-                size += len(job.payload)
+        for state in queue.take(room, self._feeder.is_loaded):
+            job = self._jobs.pop(state)
+            change = leasing.lease(state, task_id=self._new_id(), worker_id=worker_id, now_ms=now_ms)
+            self._apply(change)
+            assert change.after is not None
+            leased.append(LeasedTask(job, change.after))
         return leased
 
     def _apply(self, change: Change) -> None:

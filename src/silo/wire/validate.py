@@ -13,6 +13,7 @@ TASK_GROUP_CHARS_MAX = 64
 METADATA_ENTRIES_MAX = 16
 METADATA_KEY_CHARS_MAX = 63
 METADATA_VALUE_BYTES_MAX = 65_534
+PAYLOAD_BYTES_MAX = 126 << 20  # A task with its payload and metadata must fit into a message of 128 MiB.
 
 
 class Unsupported(SiloError):
@@ -94,6 +95,12 @@ def metadata(entries: Mapping[str, str]) -> None:
             raise InvalidRequest("metadata key too long (must be < 64 chars)")
         if len(value.encode()) > METADATA_VALUE_BYTES_MAX:
             raise InvalidRequest("metadata value too long (must be < u16::MAX bytes)")
+
+
+def payload(data: bytes) -> None:
+    """What was taken in must be possible to hand out: a task that cannot be sent would never run."""
+    if len(data) > PAYLOAD_BYTES_MAX:
+        raise InvalidRequest(f"payload too large (must be <= {PAYLOAD_BYTES_MAX} bytes)")
 
 
 def task_group(name: str, *, is_new: bool) -> None:

@@ -30,7 +30,7 @@ from silo.client.types import Job, JobAttempt, JobResult, JobStatus, RetryPolicy
 from silo.model.shards import hash_tenant
 from silo.wire.payload import PayloadError
 from silo.worker.context import Task, TaskContext
-from silo.worker.worker import ErrorContext, SiloWorker
+from silo.worker.worker import ErrorContext, SiloWorker, WorkerMetrics
 
 __all__ = [
     "Cancelled",
@@ -70,5 +70,6 @@ __all__ = [
     "TaskLeaseLostError",
     "TaskNotFoundError",
     "TopologyError",
+    "WorkerMetrics",
     "hash_tenant",
 ]

@@ -6,6 +6,7 @@ the pen never passes for a setting. Errors name the key, what is wrong, and the 
 """
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ PORT_MAX = 65535
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _SECRET_NAME = re.compile(r"token|secret|password|credential|key$", re.IGNORECASE)
+_UNPLAIN = re.compile(r"[^ -~]|[\\{^}%`\]\">\[~<#|*?]")  # What an object store rewrites in a path.
 _SHOWN_MAX = 80  # Characters of a wrong value that an error repeats.
 
 Section = TypeVar("Section", bound=msgspec.Struct)
@@ -118,6 +120,10 @@ def load_config(
         parse_address("coordination.advertised_grpc_addr", coordination.advertised_grpc_addr)
     if coordination.node_id is not None and not coordination.node_id.strip():
         raise ConfigError("coordination.node_id is empty; leave it out or give the node a name")
+    try:
+        json.dumps(config.database.slatedb)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"database.slatedb: {error}; write dates and times as text in quotes") from error
     return msgspec.structs.replace(config, database=_with_path(config.database, env))
 
 
@@ -143,9 +149,12 @@ def parse_address(key: str, text: str) -> Address:
     host, colon, port = text.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     is_bracketed = bare != host
-    if not colon or not bare or (":" in bare and not is_bracketed) or re.search(r"[\s/\[\]]", bare):
+    if bare == "*":
+        raise ConfigError(f"{key} = {_shown(key, text)} is no address; write 0.0.0.0 for every interface")
+    is_odd = (":" in bare and not is_bracketed) or re.search(r"[\s/\[\]]", bare) or not bare.isprintable()
+    if not colon or not bare or is_odd:
         raise ConfigError(f"{key} = {_shown(key, text)} is no address; write host:port, as 127.0.0.1:7450")
-    if not (port.isascii() and port.isdigit() and int(port) <= PORT_MAX):
+    if not (re.fullmatch("[0-9]{1,5}", port) and int(port) <= PORT_MAX):
         raise ConfigError(f"{key} = {_shown(key, text)}: the port must be a number from 0 to {PORT_MAX}")
     return Address(bare, int(port))
 
@@ -156,7 +165,7 @@ def _is_unicode(text: str) -> bool:
 
 def _read_tables(path: Path, env: Mapping[str, str]) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -165,6 +174,8 @@ def _read_tables(path: Path, env: Mapping[str, str]) -> dict[str, Any]:
         return tomllib.loads(expand(text, env))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # A number of thousands of digits, endless nesting.
+        raise ConfigError(f"{path} is not a configuration: {error}") from error
 
 
 def _read_section(name: str, type_: type[Section], table: object) -> Section:
@@ -189,8 +200,7 @@ def _with_path(database: DatabaseConfig, env: Mapping[str, str]) -> DatabaseConf
     path = database.path
     if not path:
         if database.backend == "fs":
-            base = env.get("XDG_DATA_HOME") or str(Path(env.get("HOME") or "~").expanduser() / ".local/share")
-            path = f"{base}/silo/%shard%"
+            path = f"{_data_home(env)}/silo/%shard%"
         elif database.backend == "memory":
             path = "/%shard%"
         else:
@@ -200,13 +210,38 @@ def _with_path(database: DatabaseConfig, env: Mapping[str, str]) -> DatabaseConf
     for placeholder in SHARD_PLACEHOLDERS:
         head, found, tail = path.partition(placeholder)
         if found and head.endswith("/") and not tail:
-            if not any(other in head for other in SHARD_PLACEHOLDERS):
-                return msgspec.structs.replace(database, path=path)
-            break
+            if any(other in head for other in SHARD_PLACEHOLDERS):
+                break
+            if database.backend == "fs":
+                path = f"{_local_root(head, env)}/{placeholder}"
+            return msgspec.structs.replace(database, path=path)
     raise ConfigError(
         f"database.path = {_shown('database.path', path)} must end in /%shard%, "
         "so that each shard gets a folder of its own"
     )
+
+
+def _data_home(env: Mapping[str, str]) -> Path:
+    """The per-user data directory. A relative `XDG_DATA_HOME` does not count, as its standard says."""
+    base = Path(env.get("XDG_DATA_HOME") or "")
+    return base if base.is_absolute() else _home(env) / ".local" / "share"
+
+
+def _home(env: Mapping[str, str]) -> Path:
+    return Path(env["HOME"]) if env.get("HOME") else Path.home()
+
+
+def _local_root(text: str, env: Mapping[str, str]) -> Path:
+    """The absolute folder of `text`, where `~/` is the home directory."""
+    path = _home(env) / text[2:] if text.startswith("~/") else Path(text)
+    root = path.absolute()
+    odd = _UNPLAIN.search(str(root))
+    if odd is not None:
+        raise ConfigError(
+            f"the data directory {_shown('database.path', str(root))} has {odd[0]!r} in its name; "
+            "choose one of plain characters with --data or database.path"
+        )
+    return root
 
 
 def _suggest(name: str, known: Mapping[str, object], *, prefix: str = "") -> str:
@@ -230,6 +265,8 @@ def _fix(type_: Any, value: object) -> str:  # A type as an annotation has it: t
     arguments = get_args(type_)
     if type_ is bool:
         return "write true or false, without quotes"
+    if type_ is Durability:
+        arguments = tuple(level.value for level in Durability)
     if arguments and all(isinstance(choice, str) for choice in arguments):
         close = difflib.get_close_matches(str(value).lower(), arguments, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -237,6 +274,6 @@ def _fix(type_: Any, value: object) -> str:  # A type as an annotation has it: t
     bounds = next((m for m in getattr(type_, "__metadata__", ()) if isinstance(m, Meta)), None)
     if bounds is not None:
         return f"write a whole number from {bounds.ge} to {bounds.le}, without quotes"
-    if type_ is str or str in arguments:
+    if type_ is str or type(None) in arguments:
         return "write text in quotes"
     return "write it as a table"

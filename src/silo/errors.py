@@ -36,6 +36,11 @@ class SiloError(Exception):
         self.fields = fields
 
 
+def describe(error: BaseException) -> str:
+    """What an error says of itself; its name when it says nothing."""
+    return str(error) or type(error).__name__
+
+
 class InvalidRequest(SiloError):
     """A value in the request is wrong; the text names it."""
 

@@ -693,7 +693,6 @@ async def test_two_hundred_enqueues_at_once_on_one_connection_all_succeed() -> N
         assert server.node.open_shards()[0].counts.total_jobs == 200
 
 
-@pytest.mark.xfail(strict=True, reason="lease_anywhere gives each shard the whole bound in bytes")
 async def test_large_tasks_of_several_shards_come_in_answers_that_can_be_sent() -> None:
     tenants = ("customer-123", "test-tenant", "test-tenant-1")
     async with rpc_server(shards=3, tenancy=True) as server:

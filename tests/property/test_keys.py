@@ -20,7 +20,9 @@ def _newest_first(tenant: str, status: int, at_ms: int, job_id: str) -> tuple[st
     return (tenant, status, -at_ms, job_id)
 
 
-_FAMILIES: dict[str, tuple[Callable[..., bytes], list[st.SearchStrategy[str | int]], Callable[..., Parts]]] = {
+_FAMILIES: dict[
+    str, tuple[Callable[..., bytes], list[st.SearchStrategy[str | int]], Callable[..., Parts]]
+] = {
     "state": (keys.state_key, [_texts, _texts], lambda *parts: parts),
     "job": (keys.job_key, [_texts, _texts], lambda *parts: parts),
     "attempt": (keys.attempt_key, [_texts, _texts, _numbers], lambda *parts: parts),

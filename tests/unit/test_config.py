@@ -1,11 +1,14 @@
 """The configuration: expansion, defaults, and errors that say what to do."""
 
+import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from silo.config import Address, Config, expand, load_config, parse_address
 from silo.errors import ConfigError
+from silo.storage.durability import Durability
 
 ENV = {"HOME": "/home/ada"}
 
@@ -57,7 +60,7 @@ def test_without_a_file_everything_has_a_default() -> None:
     assert config.coordination.initial_shard_count == 8
     assert config.database.backend == "fs"
     assert config.database.root == "/home/ada/.local/share/silo"
-    assert config.database.durability == "flushed"
+    assert config.database.durability is Durability.FLUSHED
 
 
 def test_the_data_directory_follows_xdg() -> None:
@@ -107,7 +110,14 @@ def test_flags_stand_above_the_file(tmp_path: Path) -> None:
         ("[server]\ngrpc_addr = 'nowhere'", ["server.grpc_addr", "host:port"]),
         ("[server]\ngrpc_addr = '127.0.0.1:65536'", ["from 0 to 65535"]),
         ("[server]\ngrpc_addr = '::1:7450'", ["host:port"]),
+        ("[server]\ngrpc_addr = '*:7450'", ["write 0.0.0.0"]),
+        ("[server]\ngrpc_addr = 'a\\u0000b:1'".replace("'", '"'), ["host:port"]),
+        (f"[server]\ngrpc_addr = '127.0.0.1:{'9' * 5000}'", ["from 0 to 65535"]),
+        ("[database]\ndurability = 'flush'", ["did you mean 'flushed'?"]),
+        ("[database.slatedb]\na = 1979-05-27", ["database.slatedb", "as text in quotes"]),
         ("= 3", ["not valid TOML"]),
+        (f"a = {'9' * 5000}", ["is not a configuration"]),
+        (f"a = {'[' * 5000}", ["is not a configuration"]),
     ],
 )
 def test_a_wrong_configuration_names_the_key_and_the_fix(tmp_path: Path, text: str, parts: list[str]) -> None:
@@ -133,3 +143,55 @@ def test_an_error_hides_secrets(tmp_path: Path) -> None:
 
 def test_ipv6_addresses_stand_in_brackets() -> None:
     assert parse_address("server.grpc_addr", "[::1]:7450") == Address("::1", 7450)
+
+
+def test_a_relative_xdg_directory_does_not_count() -> None:
+    assert load_config(None, ENV | {"XDG_DATA_HOME": "data"}).database.root == "/home/ada/.local/share/silo"
+
+
+@pytest.mark.parametrize(
+    ("path", "root"),
+    [("~/jobs/%shard%", "/home/ada/jobs"), ("/a b/{shard}", "/a b"), ("/%shard%", "/")],
+)
+def test_a_local_path_becomes_an_absolute_folder(tmp_path: Path, path: str, root: str) -> None:
+    assert load(tmp_path, f"[database]\npath = '{path}'").database.root == root
+
+
+def test_a_relative_path_starts_where_the_server_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load(tmp_path, "[database]\npath = 'data/%shard%'").database.root == f"{tmp_path}/data"
+
+
+@pytest.mark.parametrize("sign", ["ü", "~", "#", "%", "?", "*", "[", "\t"])
+def test_a_local_path_the_store_would_rewrite_is_refused(tmp_path: Path, sign: str) -> None:
+    message = refusal(tmp_path, f"[database]\npath = '/data{sign}a/%shard%'")
+    assert f"has {sign!r} in its name" in message
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    assert load(tmp_path, "\ufeff[tenancy]\nenabled = true").tenancy.enabled
+
+
+def test_the_guide_lists_every_key_with_its_default() -> None:
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "running-a-server.md"
+    table, _, _ = guide.read_text().partition("\nEnvironment: ")
+    listed = re.findall(r"^\| `(\w+\.\w+)` \| `?([^|`]*?)`? \|", table, re.MULTILINE)
+    known = [
+        (f"{section.name}.{field.name}", _shown(field.default))
+        for section in msgspec.structs.fields(Config)
+        for field in msgspec.structs.fields(section.type)
+    ]
+    assert listed == known
+
+
+def _shown(default: object) -> str:
+    match default:
+        case bool():
+            return str(default).lower()
+        case Durability():
+            return default.value
+        case None | "":
+            return "unset"
+    return "{}" if default is msgspec.NODEFAULT else str(default)

@@ -9,7 +9,6 @@ import pytest
 from silo.clock import VirtualClock
 from silo.model.job import LEASE_MS, LeasedTask
 from silo.shard import dispatch
-from silo.shard import shard as shard_module
 from silo.shard.shard import Shard
 from silo.storage.memory import MemoryStorage
 from tests.builders import DONE, GROUP, a_job, a_policy, open_shard, reopened
@@ -196,28 +195,20 @@ async def test_ten_thousand_expired_leases_go_back_to_the_queue() -> None:
         assert {task.state.next_attempt_number for task in again} == {2}
 
 
-async def test_an_answer_holds_a_bounded_number_of_bytes() -> None:
+async def test_an_answer_holds_a_bounded_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "LEASE_BYTES_MAX", 1_000)
     async with open_shard() as shard:
         for number in range(4):
             await shard.enqueue(a_job(f"j{number}", payload=bytes(400)))
-
-        async def leased(bytes_max: int) -> int:
-            tasks = await shard.lease_tasks(worker_id="w", task_group=GROUP, max_tasks=9, bytes_max=bytes_max)
-            return len(tasks)
-
-        assert await leased(300) == 0
-        assert await leased(1_000) == 2
+        assert len(await lease(shard, 9)) == 2
+        assert len(await lease(shard, 9)) == 2
 
 
 async def test_a_task_above_the_bound_goes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_module, "LEASE_BYTES_MAX", 1_000)
+    monkeypatch.setattr(dispatch, "LEASE_BYTES_MAX", 1_000)
     async with open_shard() as shard:
         await shard.enqueue(a_job("small", priority=0, payload=bytes(10)))
         await shard.enqueue(a_job("large", priority=1, payload=bytes(5_000)))
         await shard.enqueue(a_job("last", priority=2))
-
-        async def leased() -> list[str]:
-            tasks = await shard.lease_tasks(worker_id="w", task_group=GROUP, max_tasks=9, bytes_max=1_000)
-            return [task.job.id for task in tasks]
-
-        assert [await leased(), await leased(), await leased()] == [["small"], ["large"], ["last"]]
+        answers = [await lease_ids(shard, 9) for _ in range(3)]
+        assert answers == [["small"], ["large"], ["last"]]

@@ -15,6 +15,7 @@ from silo.errors import (
     ShardClosed,
     SiloError,
     StateForbids,
+    StoreFenced,
 )
 from silo.model.attempt import AttemptStatus, Cancelled, Failure, Success
 from silo.model.counts import ShardTotals
@@ -321,7 +322,7 @@ async def test_a_second_owner_stops_the_first() -> None:
     second = await reopened(storage, clock=clock)
     with pytest.raises(ShardClosed):
         await first.enqueue(a_job("j2"))
-    assert "another writer" in await first.wait_closed()
+    assert isinstance(await first.wait_closed(), StoreFenced)
     await first.close()
     assert (await look(second)).state.status is JobStatus.SCHEDULED
     with pytest.raises(JobNotFound):

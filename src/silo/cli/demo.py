@@ -91,9 +91,7 @@ async def _run_jobs(console: Console, server: ServerProcess, client: SiloGRPCCli
     started = time.monotonic()
     await _enqueue_all(client, story)
     took_s = time.monotonic() - started
-    console.print(
-        f"jobs     {len(story.entries)} enqueued in {took_s:.2f} s, each acknowledged on disk\n"
-    )
+    console.print(f"jobs     {len(story.entries)} enqueued in {took_s:.2f} s, each acknowledged on disk\n")
 
     async def handler(ctx: Context) -> object:
         job_id = ctx.task.job_id

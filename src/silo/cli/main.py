@@ -3,6 +3,8 @@
 import asyncio
 import errno
 import os
+import re
+import socket
 import sys
 from collections.abc import Callable, Coroutine
 from importlib.metadata import version
@@ -87,8 +89,12 @@ def worker(  # noqa: PLR0917  # Typer passes them by name.
     task_group: Annotated[
         str | None, typer.Option(help="The task group to poll; a SiloWorker brings its own.")
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Jobs to run at the same time.")] = 10,
-    server: Annotated[list[str] | None, typer.Option(help="Address of a server; repeatable.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Jobs to run at the same time; 10 without.")
+    ] = None,
+    server: Annotated[
+        list[str] | None, typer.Option(help="Address of a server; repeatable; 127.0.0.1:7450 without.")
+    ] = None,
     tenant: Annotated[str | None, typer.Option(help="Tenant, where tenancy is enabled.")] = None,
     token: Annotated[
         str | None, typer.Option(envvar="SILO_TOKEN", help="Bearer token; better given in the environment.")
@@ -103,7 +109,7 @@ def worker(  # noqa: PLR0917  # Typer passes them by name.
             handler,
             task_group=task_group,
             concurrency=concurrency,
-            servers=server or ["127.0.0.1:7450"],
+            servers=server,
             tenant=tenant,
             token=token,
         )
@@ -174,22 +180,26 @@ def _greet(config: Config, ready: "Ready") -> None:
 
 
 def _start_failure(config: Config, error: SiloError | OSError) -> str:
-    if isinstance(error, OSError):
-        address, root = config.server.grpc_addr, config.database.root
-        match error.errno:
-            case errno.EADDRINUSE:
-                return f"Error: {address} is in use; stop what listens there or choose another --grpc-addr"
-            case errno.EADDRNOTAVAIL:
-                return f"Error: {address} is no address of this machine; choose another --grpc-addr"
-            case errno.EACCES | errno.EPERM | errno.EROFS if error.filename:
-                return f"Error: no permission for {error.filename}; choose another --data"
-            case errno.ENOTDIR | errno.EEXIST:
-                return f"Error: {root} is not a folder; choose another --data"
+    address, root = config.server.grpc_addr, config.database.root
+    if isinstance(error, socket.gaierror):
+        return f"Error: {address}: {error.strerror}; choose another --grpc-addr"
+    cause = error.__cause__ if isinstance(error, SiloError) else error
+    match cause.errno if isinstance(cause, OSError) else None:
+        case errno.EADDRINUSE:
+            return f"Error: {address} is in use; stop what listens there or choose another --grpc-addr"
+        case errno.EADDRNOTAVAIL:
+            return f"Error: {address} is no address of this machine; choose another --grpc-addr"
+        case errno.EACCES | errno.EPERM if error is cause:
+            return f"Error: no permission to serve {address}; choose another --grpc-addr"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return f"Error: no permission to write to data directory {root}; choose another --data"
+        case errno.ENOTDIR | errno.EEXIST:
+            return f"Error: {root} is not a folder; choose another --data"
     return f"Error: {error}"
 
 
 def _fail(line: str) -> NoReturn:
-    typer.echo(" ".join(line.split()), err=True)
+    typer.echo(re.sub(r"://[^/@\s]*@", "://(hidden)@", " ".join(line.split())), err=True)
     raise typer.Exit(1)
 
 

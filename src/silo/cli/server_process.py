@@ -41,6 +41,7 @@ class ServerProcess:
         Raises:
             RuntimeError: it ended instead; the text holds what it printed.
         """
+        self.data.mkdir(parents=True, exist_ok=True)
         log = (self.data / "server.log").open("ab")
         try:
             self._process = await asyncio.create_subprocess_exec(

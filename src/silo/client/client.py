@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, TypeVar  # Payloads are the application's; the grpc stub is untyped.
+from typing import Any, cast  # Payloads are the application's; the grpc stub is untyped.
 
 import grpc
 
@@ -17,8 +17,8 @@ from silo.client.errors import (
     ClusterUnreachable,
     JobAlreadyExistsError,
     JobNotTerminalError,
+    SiloClientError,
     SiloFailedPreconditionError,
-    TaskNotFoundError,
     from_status,
     is_connectivity_error,
     is_wrong_shard,
@@ -26,14 +26,23 @@ from silo.client.errors import (
 from silo.client.handle import JobHandle
 from silo.client.ids import new_job_id
 from silo.client.topology import ShardLocation, Topology, bare_address
-from silo.client.types import Heartbeat, Job, JobResult, JobStatus, LeasedTask, RetryPolicy, ShardRouting
+from silo.client.types import (
+    JOB_STATUSES,
+    Heartbeat,
+    Job,
+    JobResult,
+    JobStatus,
+    LeasedTask,
+    RetryPolicy,
+    ShardRouting,
+)
 from silo.wire import payload as values
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
 
 log = logging.getLogger(__name__)
 
 Token = str | Callable[[], Awaitable[str]]
-T = TypeVar("T")
+Server = str | tuple[str, int]
 _DELAY_MS_MAX = 5000
 _OWNER_KEY = "x-silo-shard-owner-addr"
 _UNREACHABLE = "Failed to refresh cluster topology from any server"
@@ -43,41 +52,46 @@ class SiloGRPCClient:
     """A client of a Silo cluster. Safe to share by everything that runs on one event loop.
 
     It finds out by itself which server has which shard, follows redirects, and rides through
-    restarts: a call is repeated with growing waits, for about 23 s with the defaults.
+    restarts: a call is repeated with growing waits, for about 23 s with the defaults. An error
+    after a repetition says so in `after_retry`: an earlier try may have taken effect.
 
     Args:
-        servers: one address or several, `"host:port"` each.
+        servers: one address or several, `"host:port"` or `("host", port)` each.
         token: bearer token, or an async function asked for one before every call.
         use_tls: TLS with the system's roots. Off by default, since a local server speaks plaintext.
         shard_routing: retries and topology refreshes.
         grpc_client_options: channel options, over the defaults.
-        rpc_timeout_ms: deadline of each single try; none by default.
+        rpc_timeout_ms: deadline of each single try; a call that waits for work gets that wait on top.
         address_map: advertised address to the address to dial.
     """
 
     def __init__(
         self,
-        servers: str | Sequence[str],
+        servers: Server | Sequence[Server],
         *,
         token: Token | None = None,
         use_tls: bool = False,
         shard_routing: ShardRouting | None = None,
         grpc_client_options: Mapping[str, object] | None = None,
-        rpc_timeout_ms: int | None = None,
+        rpc_timeout_ms: int = 30_000,
         address_map: Mapping[str, str] | None = None,
     ) -> None:
-        listed = [servers] if isinstance(servers, str) else list(servers)
-        self._servers = [bare_address(server) for server in listed]
+        self._servers = _addresses(servers)
+        if not self._servers:
+            raise ValueError("servers names no server")
+        if rpc_timeout_ms <= 0:
+            raise ValueError(f"rpc_timeout_ms must be positive, not {rpc_timeout_ms}")
         self._token = token
         self._routing = shard_routing or ShardRouting()
         self._connections = Connections(use_tls=use_tls, options=grpc_client_options or {})
-        self._timeout_s = None if rpc_timeout_ms is None else rpc_timeout_ms / 1000
+        self._timeout_s = rpc_timeout_ms / 1000
         self._address_map = dict(address_map or {})
         self._topology = Topology()
         self._redirects: dict[str, str] = {}
         self._first_refresh: asyncio.Task[None] | None = None
         self._background: asyncio.Task[None] | None = None
         self._is_closed = False
+        self.wrong_shard_retries = 0  # Calls repeated because a server did not have the shard any more.
 
     def __repr__(self) -> str:
         return f"SiloGRPCClient({self._servers}, {len(self._topology.shards)} shards known)"
@@ -91,7 +105,10 @@ class SiloGRPCClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close all connections; later calls raise ClientClosed. Stop workers that use the client first."""
+        """Close all connections; calls that run and later ones raise ClientClosed.
+
+        Stop workers that use the client first.
+        """
         self._is_closed = True
         for task in (self._background, self._first_refresh):
             if task is not None:
@@ -125,12 +142,15 @@ class SiloGRPCClient:
             delay: seconds from now, instead of `start_at_ms`.
 
         Raises:
-            JobAlreadyExistsError: the id is taken.
+            JobAlreadyExistsError: the id is taken; with `after_retry` perhaps by this very call, whose
+                first answer was lost.
             SiloInvalidArgumentError: an argument is out of bounds; the text names it.
             PayloadError: the payload cannot be encoded; nothing was sent.
             ClusterUnreachable: no server answered; the job may exist if an id was lost on the way.
         """
         if delay is not None:
+            if start_at_ms is not None:
+                raise ValueError("give start_at_ms or delay, not both")
             start_at_ms = time.time_ns() // 1_000_000 + round(delay * 1000)
         job_id = id or new_job_id()
         request = pb.EnqueueRequest(
@@ -145,12 +165,14 @@ class SiloGRPCClient:
         )
         call = _Call("Enqueue", request, job_id=job_id, tenant=tenant, is_enqueue=True)
         try:
-            await self._send(call)
-        except JobAlreadyExistsError:
-            # Our own first try may have been stored although its answer was lost.
-            if id or not call.was_retried:
+            response = await self._send(call)
+        except JobAlreadyExistsError as error:
+            # We drew the id, so it is our own first try that was stored although its answer was lost.
+            # With an id of the caller's nobody can tell: that stays an error.
+            if id or not error.after_retry:
                 raise
-        return JobHandle(self, job_id, tenant)
+            return JobHandle(self, job_id, tenant)
+        return JobHandle(self, response.id or job_id, tenant)
 
     def handle(self, id: str, tenant: str | None = None) -> JobHandle:
         """A handle on a job; nothing is sent, and the job need not exist."""
@@ -161,13 +183,18 @@ class SiloGRPCClient:
 
         Raises:
             JobNotFoundError: the tenant has no such job.
+            PayloadError: its payload is not one MessagePack value.
         """
+        return messages.job_from_pb(await self._get_job(id, tenant, include_attempts=include_attempts))
+
+    async def _get_job(self, id: str, tenant: str | None, *, include_attempts: bool) -> pb.GetJobResponse:
         request = pb.GetJobRequest(id=id, tenant=tenant or None, include_attempts=include_attempts)
-        return messages.job_from_pb(await self._send(_Call("GetJob", request, job_id=id, tenant=tenant)))
+        response: pb.GetJobResponse = await self._send(_Call("GetJob", request, job_id=id, tenant=tenant))
+        return response
 
     async def get_job_status(self, id: str, tenant: str | None = None) -> JobStatus:
         """The job's status."""
-        return (await self.get_job(id, tenant)).status
+        return messages.job_status((await self._get_job(id, tenant, include_attempts=False)).status)
 
     async def get_job_result(self, id: str, tenant: str | None = None) -> JobResult[Any]:
         """How the job ended.
@@ -183,7 +210,7 @@ class SiloGRPCClient:
             if "not complete" not in error.grpc_message:
                 raise
             status = error.grpc_message.rpartition(" ")[2]
-            raise JobNotTerminalError(id, tenant, status) from error
+            raise JobNotTerminalError(id, tenant, status if status in JOB_STATUSES else None) from error
         return messages.job_result_from_pb(response)
 
     async def delete_job(self, id: str, tenant: str | None = None) -> None:
@@ -218,6 +245,8 @@ class SiloGRPCClient:
         """Lease one job's pending attempt, whenever it is due; the caller heartbeats and reports."""
         request = pb.LeaseTaskRequest(id=id, tenant=tenant or None, worker_id=worker_id)
         response = await self._send(_Call("LeaseTask", request, job_id=id, tenant=tenant))
+        if not response.HasField("task"):
+            raise SiloClientError("leaseTask response missing task")
         return messages.task_from_pb(response.task)
 
     async def lease_tasks(
@@ -229,14 +258,24 @@ class SiloGRPCClient:
         shard: str | None = None,
         server_index: int | None = None,
         wait_ms: int | None = None,
+        give_up: asyncio.Event | None = None,
     ) -> list[LeasedTask]:
-        """Lease due tasks from one server. `wait_ms`: how long a server of ours may wait for some."""
+        """Lease due tasks from one server; the caller heartbeats and reports.
+
+        Args:
+            shard: only tasks of this shard.
+            server_index: which of the known servers; the next in turn if left out.
+            wait_ms: how long a server of ours may wait for some.
+            give_up: when set, a call that failed is not repeated any more.
+        """
         request = pb.LeaseTasksRequest(
             shard=shard, worker_id=worker_id, max_tasks=max_tasks, task_group=task_group
         )
         call = _Call("LeaseTasks", request, shard=shard, server_index=server_index, is_tenant_routed=False)
+        call.give_up = give_up
         if wait_ms is not None:
             call.metadata = (("silo-wait-ms", str(wait_ms)),)
+            call.wait_s = wait_ms / 1000
         response = await self._send(call)
         return [messages.task_from_pb(task) for task in response.tasks]
 
@@ -246,16 +285,16 @@ class SiloGRPCClient:
         """Report how an attempt ended; returns once that is durable.
 
         Raises:
-            TaskNotFoundError: the lease is gone; the outcome does not count.
+            TaskNotFoundError: the lease is gone; the outcome does not count, unless `after_retry` is set:
+                then an earlier try, whose answer was lost, may have counted.
+            PayloadError: the result or the data cannot be encoded; nothing was sent.
         """
-        request = messages.report_to_pb(outcome, task_id=task_id, tenant=tenant)
-        call = _Call("ReportOutcome", request, task_id=task_id, shard=shard, is_tenant_routed=False)
-        try:
-            await self._send(call)
-        except TaskNotFoundError as error:
-            # Our own first try may have been stored although its answer was lost.
-            if not call.was_retried or "lease not found" not in (error.grpc_message or ""):
-                raise
+        await self.send_report(messages.report_to_pb(outcome, task_id=task_id, tenant=tenant), shard=shard)
+
+    async def send_report(self, request: pb.ReportOutcomeRequest, *, shard: str) -> None:
+        """Like `report_outcome`, for a report that is encoded already."""
+        call = _Call("ReportOutcome", request, task_id=request.task_id, shard=shard, is_tenant_routed=False)
+        await self._send(call)
 
     async def heartbeat(
         self, worker_id: str, task_id: str, shard: str, tenant: str | None = None
@@ -273,12 +312,12 @@ class SiloGRPCClient:
         """Delete everything on every server, which must be in development mode."""
         await self._ensure_topology()
         for address in self._topology.addresses():
-            stub = self._connections.stub(address)
             try:
-                await stub.ResetShards(pb.ResetShardsRequest(), metadata=await self._metadata(()))
+                await self._invoke(address, "ResetShards", pb.ResetShardsRequest(), timeout_s=self._timeout_s)
             except grpc.aio.AioRpcError as error:
                 raise from_status(error) from error
         self._topology = Topology()
+        self._redirects.clear()
 
     async def refresh_topology(self) -> None:
         """Ask the servers, one after another, who owns which shard.
@@ -286,26 +325,30 @@ class SiloGRPCClient:
         Raises:
             ClusterUnreachable: none answered; what was known stays in use.
         """
-        if self._is_closed:
-            raise ClientClosed("the client is closed")
         known = self._connections.addresses()
-        failure: BaseException | None = None
+        failures: list[tuple[str, Exception]] = []
         for address in [*known, *(server for server in self._servers if server not in known)]:
-            stub = self._connections.stub(address)
             try:
-                response = await stub.GetClusterInfo(
+                response = await self._invoke(
+                    address,
+                    "GetClusterInfo",
                     pb.GetClusterInfoRequest(),
-                    timeout=self._routing.topology_refresh_timeout_ms / 1000,
-                    metadata=await self._metadata(()),
+                    timeout_s=self._routing.topology_refresh_timeout_ms / 1000,
                 )
-            except grpc.aio.AioRpcError as error:
-                failure = error
+            except ClientClosed:
+                raise
+            except Exception as error:  # Whatever is wrong with this server: the next one may be well.
+                failures.append((address, error))
                 if address not in known:
                     self._connections.keep(kept for kept in self._connections.addresses() if kept != address)
                 continue
+            self._check_open()
             self._adopt(response)
             return
-        raise ClusterUnreachable(_UNREACHABLE) from failure
+        address, failure = next(filter(_is_final, failures), failures[-1])
+        raise ClusterUnreachable(
+            f"{_UNREACHABLE}: {address}: {_summary(failure)}", may_recover=not _is_final((address, failure))
+        ) from failure
 
     def get_topology(self) -> list[ShardLocation]:
         """The shards known, ascending by range."""
@@ -327,7 +370,7 @@ class SiloGRPCClient:
         self._redirects.clear()
         addresses = self._topology.addresses()
         for address in addresses:
-            self._connections.stub(address)
+            self._connections.add(address)
         self._connections.keep(addresses)
         if self._background is None and self._routing.topology_refresh_interval_ms:
             self._background = asyncio.get_running_loop().create_task(self._refresh_forever())
@@ -350,34 +393,59 @@ class SiloGRPCClient:
         if self._first_refresh is None or self._first_refresh.done():
             self._first_refresh = asyncio.get_running_loop().create_task(self.refresh_topology())
             self._first_refresh.add_done_callback(_note_exception)
-        await asyncio.shield(self._first_refresh)
+        try:
+            await asyncio.shield(self._first_refresh)
+        except asyncio.CancelledError:
+            if not _is_being_cancelled():
+                self._check_open()
+            raise
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ClientClosed("the client is closed")
 
     # One call
 
     async def _send(self, call: "_Call") -> Any:
         """Send until it is answered, following redirects and topology changes."""
         delay_ms = self._routing.retry_delay_ms
+        unreachable: ClusterUnreachable | None = None
         for left in range(self._routing.max_retries, -1, -1):
-            if self._is_closed:
-                raise ClientClosed("the client is closed")
             try:
                 return await self._send_once(call)
             except grpc.aio.AioRpcError as error:
-                retryable = is_connectivity_error(error) or is_wrong_shard(error)
-                if not left or not retryable:
-                    raise call.error_from(error) from error
-                call.was_retried = True
-                if not self._follow_redirect(call, error):
-                    with suppress(ClusterUnreachable):
-                        await self.refresh_topology()
-            except ClusterUnreachable:
-                if not left:
+                is_lost = is_connectivity_error(error)
+                failure: SiloClientError = call.error_from(error)
+                if is_lost and unreachable is not None:
+                    failure = ClusterUnreachable(f"{_UNREACHABLE}: {_summary(error)}")
+                failure.__cause__ = error
+                if not (is_lost or is_wrong_shard(error)) or not left or call.gives_up:
+                    raise failure from error
+                self._check_open()
+                call.is_ambiguous |= is_lost
+                self.wrong_shard_retries += not is_lost
+                unreachable = None if self._follow_redirect(call, error) else await self._try_to_refresh()
+            except ClusterUnreachable as error:
+                failure = error
+                if not left or not error.may_recover:
                     raise
-            await asyncio.sleep(delay_ms / 1000)
+            await call.pause(delay_ms / 1000)
+            if call.gives_up:
+                raise failure
             delay_ms = min(2 * delay_ms, _DELAY_MS_MAX)
         raise AssertionError("the last try returns or raises")
 
+    async def _try_to_refresh(self) -> ClusterUnreachable | None:
+        try:
+            await self.refresh_topology()
+        except ClusterUnreachable as error:
+            if not error.may_recover:
+                raise
+            return error
+        return None
+
     async def _send_once(self, call: "_Call") -> Any:
+        self._check_open()
         if call.is_tenant_routed or call.shard is None:
             await self._ensure_topology()
         if call.is_tenant_routed:
@@ -385,10 +453,36 @@ class SiloGRPCClient:
             call.request.shard = call.shard = location.shard_id
         elif call.shard is not None:
             call.request.shard = call.shard
-        stub = self._connections.stub(self._address_for(call))
-        return await getattr(stub, call.method)(
-            call.request, timeout=self._timeout_s, metadata=await self._metadata(call.metadata)
+        return await self._invoke(
+            self._address_for(call),
+            call.method,
+            call.request,
+            timeout_s=self._timeout_s + call.wait_s,
+            metadata=call.metadata,
         )
+
+    async def _invoke(
+        self,
+        address: str,
+        method: str,
+        request: Any,
+        *,
+        timeout_s: float,
+        metadata: tuple[tuple[str, str], ...] = (),
+    ) -> Any:
+        """One try at one server."""
+        token = await self._current_token()
+        if token:
+            metadata = (*metadata, ("authorization", f"Bearer {token}"))
+        self._check_open()
+        with self._connections.use(address) as stub:
+            try:
+                return await getattr(stub, method)(request, timeout=timeout_s, metadata=metadata)
+            except (asyncio.CancelledError, grpc.aio.UsageError):
+                # A channel that is closed under a call cancels it, although nobody cancelled the caller.
+                if not _is_being_cancelled():
+                    self._check_open()
+                raise
 
     def _address_for(self, call: "_Call") -> str:
         if call.shard is not None:
@@ -410,9 +504,16 @@ class SiloGRPCClient:
                 return True
         return False
 
-    async def _metadata(self, given: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-        token = self._token if isinstance(self._token, str | None) else await self._token()
-        return (*given, ("authorization", f"Bearer {token}")) if token else given
+    async def _current_token(self) -> str | None:
+        if isinstance(self._token, str | None):
+            return self._token
+        try:
+            async with asyncio.timeout(self._timeout_s) as scope:
+                return await self._token()
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            raise SiloClientError(f"the token function did not return within {self._timeout_s} s") from error
 
 
 class _Call:
@@ -441,12 +542,58 @@ class _Call:
         self.is_tenant_routed = is_tenant_routed
         self.is_enqueue = is_enqueue
         self.metadata: tuple[tuple[str, str], ...] = ()
-        self.was_retried = False
+        self.wait_s = 0.0  # How long the server may take beyond the usual.
+        self.is_ambiguous = False  # A try was not answered: it may have taken effect.
+        self.give_up: asyncio.Event | None = None
 
-    def error_from(self, error: grpc.aio.AioRpcError) -> Exception:
-        return from_status(
+    @property
+    def gives_up(self) -> bool:
+        return self.give_up is not None and self.give_up.is_set()
+
+    async def pause(self, seconds: float) -> None:
+        """Wait before the next try, but no longer than it is wanted."""
+        if self.give_up is None:
+            await asyncio.sleep(seconds)
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.give_up.wait()
+
+    def error_from(self, error: grpc.aio.AioRpcError) -> SiloClientError:
+        mapped = from_status(
             error, job_id=self.job_id, task_id=self.task_id, tenant=self.tenant, is_enqueue=self.is_enqueue
         )
+        mapped.after_retry = self.is_ambiguous
+        return mapped
+
+
+def _addresses(servers: Server | Sequence[Server]) -> list[str]:
+    if isinstance(servers, str) or (len(servers) == 2 and isinstance(servers[1], int)):
+        servers = [cast(Server, servers)]  # One server, not a list of them.
+    return [
+        bare_address(server if isinstance(server, str) else f"{server[0]}:{server[1]}")
+        for server in cast(Sequence[Server], servers)
+    ]
+
+
+def _is_final(failure: tuple[str, Exception]) -> bool:
+    """Whether waiting cannot help: the cluster is there and refuses us, or no call was made at all."""
+    _, error = failure
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return True
+    return error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+
+
+def _summary(error: Exception) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _is_being_cancelled() -> bool:
+    """Whether somebody cancelled this task, so that a CancelledError must pass through."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _note_exception(task: asyncio.Task[None]) -> None:

@@ -1,15 +1,19 @@
-"""Channels to servers: at most one per address."""
+"""Channels to servers: at most one per address.
+
+A channel that is no longer wanted is closed when its last call has ended, never under a call:
+to close a channel cancels what runs on it, which would look as if the caller had been cancelled.
+Every call has a deadline, so an unwanted channel does not stay for long.
+"""
 
 import asyncio
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any  # The grpc stub is untyped.
 
 import grpc
 
 from silo.wire.pb.silo.v1 import silo_pb2_grpc
-
-_CLOSE_GRACE_S = 30.0
 
 _RETRY_EXHAUSTED = {
     "methodConfig": [
@@ -42,30 +46,51 @@ CHANNEL_DEFAULTS: Mapping[str, object] = {
 }
 
 
+class _Connection:
+    """One channel and the calls that run on it."""
+
+    def __init__(self, channel: Any) -> None:
+        self.channel = channel
+        self.stub = silo_pb2_grpc.SiloStub(channel)
+        self.calls = 0
+
+
 class Connections:
     """Open channels in the order in which their addresses were learned."""
 
     def __init__(self, *, use_tls: bool, options: Mapping[str, object]) -> None:
         self._use_tls = use_tls
         self._options = list({**CHANNEL_DEFAULTS, **options}.items())
-        self._open: dict[str, tuple[Any, Any]] = {}
+        self._open: dict[str, _Connection] = {}
+        self._unwanted: set[_Connection] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._next = 0
 
     def addresses(self) -> list[str]:
         return list(self._open)
 
-    def stub(self, address: str) -> Any:
-        """The stub for an address, connecting lazily."""
-        if address not in self._open:
-            if self._use_tls:
-                channel = grpc.aio.secure_channel(
-                    address, grpc.ssl_channel_credentials(), options=self._options
-                )
-            else:
-                channel = grpc.aio.insecure_channel(address, options=self._options)
-            self._open[address] = (channel, silo_pb2_grpc.SiloStub(channel))
-        return self._open[address][1]
+    def add(self, address: str) -> None:
+        """Know an address from now on. The channel connects with its first call."""
+        if address in self._open:
+            return
+        if self._use_tls:
+            credentials = grpc.ssl_channel_credentials()
+            channel = grpc.aio.secure_channel(address, credentials, options=self._options)
+        else:
+            channel = grpc.aio.insecure_channel(address, options=self._options)
+        self._open[address] = _Connection(channel)
+
+    @contextmanager
+    def use(self, address: str) -> Iterator[Any]:
+        """The stub for an address. The channel stays open while the block runs."""
+        self.add(address)
+        connection = self._open[address]
+        connection.calls += 1
+        try:
+            yield connection.stub
+        finally:
+            connection.calls -= 1
+            self._close_if_done(connection)
 
     def any_address(self) -> str | None:
         """The next address in turn."""
@@ -76,16 +101,23 @@ class Connections:
         return known[(self._next - 1) % len(known)]
 
     def keep(self, addresses: Iterable[str]) -> None:
-        """Close all others; calls that run on them may finish."""
+        """Forget all others; calls that run on them come to their end."""
         for address in set(self._open) - set(addresses):
-            channel, _ = self._open.pop(address)
-            task = asyncio.get_running_loop().create_task(channel.close(_CLOSE_GRACE_S))
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            connection = self._open.pop(address)
+            self._unwanted.add(connection)
+            self._close_if_done(connection)
+
+    def _close_if_done(self, connection: _Connection) -> None:
+        if connection.calls or connection not in self._unwanted:
+            return
+        self._unwanted.discard(connection)
+        task = asyncio.get_running_loop().create_task(connection.channel.close(), name="close channel")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
-        channels = [channel for channel, _ in self._open.values()]
+        """Close all channels. Calls that run on them raise CancelledError."""
+        connections = [*self._open.values(), *self._unwanted]
         self._open.clear()
-        for task in list(self._closing):
-            task.cancel()
-        await asyncio.gather(*(channel.close() for channel in channels))
+        self._unwanted.clear()
+        await asyncio.gather(*self._closing, *(connection.channel.close() for connection in connections))

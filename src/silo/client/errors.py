@@ -8,9 +8,14 @@ from silo.errors import SiloError
 
 
 class SiloClientError(SiloError):
-    """Base of everything the client raises on purpose. Its text is `message`."""
+    """Base of everything the client raises on purpose. Its text is `message`.
+
+    `after_retry`: an earlier try of the same call was not answered and may have taken
+    effect, so that for example "already exists" may speak of what this very call did.
+    """
 
     code: ClassVar[str] = "SILO_CLIENT_ERROR"
+    after_retry: bool = False
 
 
 def _in(tenant: str | None) -> str:
@@ -18,9 +23,16 @@ def _in(tenant: str | None) -> str:
 
 
 class ClusterUnreachable(SiloClientError):
-    """No server answered within the retry budget. The last failure is the cause."""
+    """No server said who owns which shard, within the retry budget. The last failure is the cause.
+
+    `may_recover`: later the same call may work, without a change of servers or token.
+    """
 
     code = "SILO_CLUSTER_UNREACHABLE"
+
+    def __init__(self, message: str, *, may_recover: bool = True) -> None:
+        super().__init__(message)
+        self.may_recover = may_recover
 
 
 class TopologyError(SiloClientError):

@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from silo.client.client import SiloGRPCClient
 
 _POLL_S_FIRST, _POLL_S_MAX = 0.02, 0.5
+_LOOK_S = 5.0  # How long an answer may take although the time is up.
+
+
+class _TooSlow(Exception):
+    """The server did not answer in time."""
 
 
 class JobHandle:
@@ -43,16 +48,29 @@ class JobHandle:
         """
         loop = asyncio.get_running_loop()
         deadline = None if timeout is None else loop.time() + timeout
-        pause = _POLL_S_FIRST
+        pause_s = _POLL_S_FIRST
         while True:
             try:
-                return await self._client.get_job_result(self.id, self.tenant)
-            except JobNotTerminalError as error:
-                left = None if deadline is None else deadline - loop.time()
-                if left is not None and left <= 0:
+                return await self._look(deadline)
+            except (JobNotTerminalError, _TooSlow) as error:
+                left_s = None if deadline is None else deadline - loop.time()
+                if left_s is not None and left_s <= 0:
                     raise JobTimeoutError(self.id, round((timeout or 0) * 1000)) from error
-            await asyncio.sleep(pause if left is None else min(pause, left))
-            pause = min(1.5 * pause, _POLL_S_MAX)
+            await asyncio.sleep(pause_s if left_s is None else min(pause_s, left_s))
+            pause_s = min(1.5 * pause_s, _POLL_S_MAX)
+
+    async def _look(self, deadline: float | None) -> JobResult[Any]:
+        """One look, which must not take much longer than the caller wants to wait."""
+        if deadline is None:
+            return await self._client.get_job_result(self.id, self.tenant)
+        grace_end = asyncio.get_running_loop().time() + _LOOK_S
+        try:
+            async with asyncio.timeout_at(max(deadline, grace_end)) as scope:
+                return await self._client.get_job_result(self.id, self.tenant)
+        except TimeoutError as error:
+            if scope.expired():
+                raise _TooSlow from error
+            raise
 
     async def cancel(self) -> None:
         """Cancel it: at once if it waits, through its worker if it runs."""

@@ -15,7 +15,7 @@ from silo.client.types import (
     LeasedTask,
     RetryPolicy,
 )
-from silo.wire.payload import decode_tolerant, encode
+from silo.wire.payload import decode, decode_tolerant, encode
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
 
 Outcome: TypeAlias = Success[Any] | Failure | Cancelled
@@ -31,7 +31,7 @@ def retry_policy_to_pb(policy: RetryPolicy) -> pb.RetryPolicy:
     )
 
 
-def _status(number: int) -> JobStatus:
+def job_status(number: int) -> JobStatus:
     if not 0 <= number < len(JOB_STATUSES):
         raise SiloClientError(f"Unknown job status: {number}")
     return JOB_STATUSES[number]
@@ -53,14 +53,15 @@ def job_from_pb(response: pb.GetJobResponse) -> Job:
             randomize_interval=response.retry_policy.randomize_interval,
             backoff_factor=response.retry_policy.backoff_factor,
         )
+    payload = response.payload.msgpack
     starts = response.next_attempt_starts_after_ms
     return Job(
         id=response.id,
         priority=response.priority,
         enqueue_time_ms=response.enqueue_time_ms,
-        payload=decode_tolerant(response.payload.msgpack),
+        payload=decode(payload, field="payload") if payload else None,
         metadata=dict(response.metadata),
-        status=_status(response.status),
+        status=job_status(response.status),
         status_changed_at_ms=response.status_changed_at_ms,
         task_group=response.task_group,
         retry_policy=policy,
@@ -85,7 +86,7 @@ def attempt_from_pb(attempt: pb.JobAttempt) -> JobAttempt:
 
 
 def job_result_from_pb(response: pb.GetJobResultResponse) -> JobResult[Any]:
-    status = _status(response.status)
+    status = job_status(response.status)
     match status:
         case "Succeeded":
             return JobResult(status=status, result=decode_tolerant(response.success_data.msgpack))

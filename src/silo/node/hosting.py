@@ -11,16 +11,19 @@ from contextlib import ExitStack, asynccontextmanager
 from random import Random
 
 from silo.clock import Clock
-from silo.errors import Overloaded, ShardClosed, SiloError, StoreError
+from silo.errors import Overloaded, ShardClosed, SiloError, StoreError, StoreFenced, describe
 from silo.model.job import LeasedTask
 from silo.model.shards import ShardInfo
 from silo.node.layout import Layout, Storage
 from silo.node.node import ShardNotFound
+from silo.shard.dispatch import Room
 from silo.shard.shard import Shard, ShardOptions
 from silo.telemetry.logging import Log
 
 REOPEN_DELAY_MIN_S = 0.05
 REOPEN_DELAY_MAX_S = 5.0
+START_TIMEOUT_S = 30.0  # After it the node serves what is open; the rest goes on opening.
+OPEN_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 25.0  # With the drain of the listener before it: 30 s in all.
 _STEADY_S = 60.0  # A shard that was open this long is reopened after the shortest delay again.
 
@@ -110,27 +113,36 @@ class HostedNode:
     async def _lease_ready(
         self, worker_id: str, task_group: str, max_tasks: int
     ) -> list[tuple[str, LeasedTask]]:
-        taken: list[tuple[str, LeasedTask]] = []
+        room = Room(max_tasks)
         shards = list(self._open.values())
         self._rng.shuffle(shards)
+        asked: list[tuple[Shard, list[LeasedTask]]] = []
         for shard in shards:
-            if len(taken) >= max_tasks:
+            if room.is_full:
                 break
             try:
-                tasks = await shard.lease_tasks(
-                    worker_id=worker_id, task_group=task_group, max_tasks=max_tasks - len(taken)
-                )
+                tasks = await shard.take_tasks(worker_id=worker_id, task_group=task_group, room=room)
             except (ShardClosed, StoreError, Overloaded):
                 continue
-            taken += [(shard.shard_id, task) for task in tasks]
-        return taken
+            if tasks:
+                asked.append((shard, tasks))
+        answers = await asyncio.gather(*(shard.durable() for shard, _ in asked), return_exceptions=True)
+        return [
+            (shard.shard_id, task)
+            for (shard, tasks), answer in zip(asked, answers, strict=True)
+            if answer is None  # Otherwise its shard has stopped, and nobody was told of these leases.
+            for task in tasks
+        ]
 
     async def reset_shards(self) -> int:
         """Delete everything in all shards; how many were emptied. Goes on when the caller does not.
 
         Raises:
             StoreError: the storage failed; some shards may be emptied and some not.
+            ShardClosed: the node stops; nothing was deleted.
         """
+        if self._is_closing:
+            raise ShardClosed("the node stops")
         if self._reset is None or self._reset.done():
             self._reset = asyncio.create_task(self._empty(), name="reset shards")
         return await asyncio.shield(self._reset)
@@ -149,15 +161,24 @@ class HostedNode:
     # Life cycle
 
     async def start(self) -> None:
-        """Begin to open all shards; return once each was opened or has failed once."""
-        async with self._turn:
-            await self._start_keepers()
+        """Begin to open all shards; return once each was opened or has failed once.
 
-    async def close(self) -> None:
-        """Close all shards. What was acknowledged is durable either way."""
+        A shard that does neither keeps the others waiting for `START_TIMEOUT_S` at most.
+        A node that was closed stays closed.
+        """
+        async with self._turn:
+            if not self._is_closing and not self._keepers:
+                await self._start_keepers()
+
+    def end_waits(self) -> None:
+        """Let everyone who waits for work in any shard go home, now and from now on."""
         self._is_closing = True
         for wake in list(self._opened):
             wake()
+
+    async def close(self) -> None:
+        """Close all shards. What was acknowledged is durable either way. Closing twice is harmless."""
+        self.end_waits()
         async with self._turn:
             await self._stop_keepers()
         if self._reset is not None:
@@ -170,8 +191,12 @@ class HostedNode:
             first = asyncio.Event()
             keeper = self._keep_open(info, Random(self._rng.getrandbits(128)), self._stop, first)
             self._keepers.append(asyncio.create_task(keeper, name=f"keep open {info.shard_id}"))
-            tried.append(first.wait())
-        await asyncio.gather(*tried)
+            tried.append(asyncio.create_task(first.wait()))
+        try:
+            await asyncio.wait(tried, timeout=START_TIMEOUT_S)
+        finally:
+            for waiting in tried:
+                waiting.cancel()
 
     async def _stop_keepers(self) -> None:
         self._stop.set()
@@ -192,28 +217,34 @@ class HostedNode:
         delay_s = REOPEN_DELAY_MIN_S
         while not stop.is_set():
             began_s = loop.time()
+            trouble: BaseException | None
+            trace: BaseException | None = None
             try:
-                reason = await self._host(info, rng, stop, first)
-                steady = loop.time() - began_s >= _STEADY_S
-                delay_s = REOPEN_DELAY_MIN_S if steady else delay_s
-                if stop.is_set():
-                    break
-                if "fenced" in reason:
-                    shard_log.error("shard taken by another writer: reopening", reason=reason)
-                else:
-                    shard_log.warning("shard stopped: reopening", reason=reason)
+                trouble = await self._host(info, rng, stop, first)
+                is_fenced = isinstance(trouble, StoreFenced)
+                message = f"shard {'taken by another writer' if is_fenced else 'stopped'}: reopening"
             except (SiloError, OSError, TimeoutError) as error:
-                shard_log.error("shard not opened or closed cleanly: trying again", reason=str(error))
+                trouble = error
+                message = "shard not opened or closed cleanly: trying again"
             except Exception as error:  # The outermost edge of a shard's life: the others go on.
-                shard_log.error("shard failed: trying again", reason=str(error), exc_info=error)
+                trouble = trace = error
+                message = "shard failed: trying again"
             finally:
                 first.set()
+            if loop.time() - began_s >= _STEADY_S:
+                delay_s = REOPEN_DELAY_MIN_S
+            if trouble is not None:
+                again_in_ms = round(delay_s * 1000)
+                shard_log.error(message, reason=describe(trouble), again_in_ms=again_in_ms, exc_info=trace)
             await _set_within(stop, delay_s)
             delay_s = min(REOPEN_DELAY_MAX_S, 2 * delay_s)
 
-    async def _host(self, info: ShardInfo, rng: Random, stop: asyncio.Event, first: asyncio.Event) -> str:
-        """Serve one shard until it or the node stops; why it stopped."""
-        store = await self._storage.open(info.shard_id)
+    async def _host(
+        self, info: ShardInfo, rng: Random, stop: asyncio.Event, first: asyncio.Event
+    ) -> BaseException | None:
+        """Serve one shard until it or the node stops; the failure that stopped it, if one did."""
+        async with asyncio.timeout(OPEN_TIMEOUT_S):
+            store = await self._storage.open(info.shard_id)
         shard = await Shard.open(
             shard_id=info.shard_id,
             range=info.range,
@@ -236,7 +267,7 @@ class HostedNode:
             stopping.cancel()
             await asyncio.wait({closed, stopping})
             await shard.close()
-        return closed.result() if not closed.cancelled() else "the node stops"
+        return None if closed.cancelled() else closed.result()
 
 
 @asynccontextmanager

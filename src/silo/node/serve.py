@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from random import Random
@@ -9,9 +10,10 @@ from random import Random
 import msgspec
 
 from silo.clock import SystemClock
-from silo.config import Config, parse_address
+from silo.config import Address, Config, parse_address
+from silo.errors import StoreUnavailable
 from silo.node.hosting import HostedNode, host_shards
-from silo.node.layout import load_layout
+from silo.node.layout import Layout, load_layout
 from silo.shard.shard import ShardOptions
 from silo.storage.slate import SlateStorage
 from silo.telemetry.logging import Log
@@ -22,7 +24,8 @@ Listen = Callable[[str, HostedNode], AbstractAsyncContextManager[str]]
 Leaving the block lets calls under way finish, for a few seconds at most.
 """
 
-_ANY_HOSTS = ("0.0.0.0", "::", "*")
+_LAYOUT_TIMEOUT_S = 30.0
+_ANY_HOSTS = ("0.0.0.0", "::")
 
 log = Log("silo.node.serve")
 
@@ -42,6 +45,7 @@ async def serve(config: Config, listen: Listen, *, on_ready: Callable[[Ready], N
         SiloError, OSError: it could not start: the data root is in use or not
             accessible, or the address cannot be bound.
     """
+    await asyncio.to_thread(_check_address, parse_address("server.grpc_addr", config.server.grpc_addr))
     rng = Random()
     database = config.database
     storage = SlateStorage(
@@ -51,8 +55,9 @@ async def serve(config: Config, listen: Listen, *, on_ready: Callable[[Ready], N
         settings=database.slatedb,
     )
     with storage.lock():
-        layout = await load_layout(storage, config.coordination, rng=rng)
+        layout = await _load_layout(storage, config, rng)
         async with (
+            stop_signals() as stopped,  # Outermost: a second signal counts while shards open and close, too.
             host_shards(
                 layout,
                 advertised_addr=config.coordination.advertised_grpc_addr or config.server.grpc_addr,
@@ -63,7 +68,6 @@ async def serve(config: Config, listen: Listen, *, on_ready: Callable[[Ready], N
                 rng=rng,
                 options=ShardOptions(priority_step_ms=config.dispatch.priority_step_ms),
             ) as node,
-            stop_signals() as stopped,
             listen(config.server.grpc_addr, node) as address,
         ):
             if config.coordination.advertised_grpc_addr is None:
@@ -75,26 +79,54 @@ async def serve(config: Config, listen: Listen, *, on_ready: Callable[[Ready], N
                 on_ready(Ready(address=address, node_id=node.node_id, shards=len(layout.shards)))
             await stopped.wait()
             log.info("server stopping")
+            node.end_waits()  # Long polls answer now; the drain is for calls that do something.
     log.info("server stopped")
+
+
+async def _load_layout(storage: SlateStorage, config: Config, rng: Random) -> Layout:
+    try:
+        async with asyncio.timeout(_LAYOUT_TIMEOUT_S):
+            return await load_layout(storage, config.coordination, rng=rng)
+    except TimeoutError as error:
+        raise StoreUnavailable(
+            f"{config.database.root} does not answer; check that it exists, the network and the credentials"
+        ) from error
 
 
 @asynccontextmanager
 async def stop_signals() -> AsyncIterator[asyncio.Event]:
-    """An event that SIGINT or SIGTERM sets. A second signal acts as if nobody caught it."""
+    """An event that SIGINT or SIGTERM sets. A second signal ends the process at once."""
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
-
-    def release() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def stop() -> None:
         stopped.set()
-        release()
+        for number in numbers:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)  # Not Python's KeyboardInterrupt, which would wait for us.
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in numbers:
         loop.add_signal_handler(number, stop)
     try:
         yield stopped
     finally:
-        release()
+        for number in numbers:
+            loop.remove_signal_handler(number)
+            signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+def _check_address(address: Address) -> None:
+    """Bind and let go, before anything is opened: the system says best what is wrong with an address."""
+    failure: OSError | None = None
+    for family, kind, _, _, target in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+        try:
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(target)
+                return  # One is enough for gRPC.
+        except OSError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure

@@ -15,15 +15,19 @@ from silo.wire.pb.silo.v1 import silo_pb2
 MESSAGE_BYTES_MAX = 128 << 20
 DRAIN_S = 5.0
 _REFLECTION = "grpc.reflection.v1.ServerReflection"
+CALLS_WAITING_MAX = 1 << 16
 
-# Existing clients ping every five seconds, idle or not; by default the server would hang up on them.
 _OPTIONS = (
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    # Existing clients ping every five seconds, idle or not; by default the server would hang up on them.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),
+    # By default calls beyond a thousand that were not begun are reset, not refused.
+    ("grpc.server.max_pending_requests", CALLS_WAITING_MAX),
+    ("grpc.server.max_pending_requests_hard_limit", CALLS_WAITING_MAX),
 )
 
 

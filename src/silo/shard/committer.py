@@ -13,7 +13,7 @@ Guarantees:
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 
-from silo.errors import ShardClosed, SiloError, StoreError
+from silo.errors import ShardClosed, SiloError, StoreError, describe
 from silo.storage.store import Store
 
 Rows = dict[bytes, bytes | None]
@@ -161,8 +161,7 @@ class Committer:
         """Stop: whoever waits, and whoever comes, is told that the shard has closed."""
         if self._failure is not None:
             return
-        reason = str(cause) or type(cause).__name__
-        self._failure = ShardClosed("shard closed: the store failed", reason=reason)
+        self._failure = ShardClosed("shard closed: the store failed", reason=describe(cause))
         self._failure.__cause__ = cause
         _resolve([*self._writing_waiters, *self._waiters], self._failure)
         self._failed(cause)

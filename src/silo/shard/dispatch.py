@@ -16,29 +16,31 @@ from silo.model.job import JobState
 from silo.shard.window import Window
 from silo.storage import keys
 
+LEASE_COUNT_MAX = 4096  # Tasks and payload bytes handed out by one call.
+LEASE_BYTES_MAX = 32 << 20
 RESIDENTS_MAX = 10_000
 _WINDOW_MIN, _WINDOW_MAX, _ROWS_MAX = 16, 512, 100_000
 
 
 class Room:
-    """What one answer may still hold. With `takes_any_first` the first task may be of any size."""
+    """What one answer may still hold. The first task may be of any size: a large one goes alone."""
 
-    def __init__(self, tasks: int, bytes_left: int, *, takes_any_first: bool) -> None:
-        self.tasks = tasks
-        self._bytes = bytes_left
-        self._takes_any = takes_any_first
+    def __init__(self, tasks: int) -> None:
+        self.tasks = min(tasks, LEASE_COUNT_MAX)
+        self._bytes = LEASE_BYTES_MAX
+        self._is_empty = True
 
     @property
     def is_full(self) -> bool:
         return self.tasks <= 0 or self._bytes <= 0
 
     def fits(self, state: JobState) -> bool:
-        return not self.is_full and (self._takes_any or state.payload_bytes <= self._bytes)
+        return not self.is_full and (self._is_empty or state.payload_bytes <= self._bytes)
 
     def use(self, state: JobState) -> None:
         self.tasks -= 1
         self._bytes -= state.payload_bytes
-        self._takes_any = False
+        self._is_empty = False
 
     def close(self) -> None:
         """The next task does not fit: whoever looks further would only overtake it."""

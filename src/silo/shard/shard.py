@@ -47,8 +47,6 @@ from silo.storage import codec, keys
 from silo.storage.batch import pending_key, write_change
 from silo.storage.store import Row, Store
 
-LEASE_COUNT_MAX = 4096  # Tasks and payload bytes handed out by one call.
-LEASE_BYTES_MAX = 32 << 20
 GROUP_ROWS_MAX = 100_000  # Rows in the open group before commands are refused.
 _TICK_TASKS = 512
 _TIMER_WINDOW = 512
@@ -110,7 +108,7 @@ class Shard:
         self._alarm_at_ms: int | None = None
         self._due = asyncio.Event()
         self._stopped = asyncio.Event()
-        self._stop_reason: str | None = None
+        self._stop_cause: BaseException | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._is_closed = False
 
@@ -267,26 +265,17 @@ class Shard:
     # Commands of workers
 
     async def lease_tasks(
-        self,
-        *,
-        worker_id: str,
-        task_group: str,
-        max_tasks: int,
-        wait_ms: int = 0,
-        bytes_max: int = LEASE_BYTES_MAX,
+        self, *, worker_id: str, task_group: str, max_tasks: int, wait_ms: int = 0
     ) -> list[LeasedTask]:
         """Lease up to `max_tasks` due tasks, by turns of tenants and virtual deadlines.
-
-        Their payloads have `bytes_max` bytes at most in all. A larger one goes alone, to a
-        call with the default bound.
 
         With none ready it waits up to `wait_ms` for one. A caller that goes away before
         the tasks were taken leaves them where they were; after that they stay leased.
         """
-        room = Room(min(max_tasks, LEASE_COUNT_MAX), bytes_max, takes_any_first=bytes_max >= LEASE_BYTES_MAX)
+        room = Room(max_tasks)
         deadline_ms = self._clock.now_ms() + wait_ms
         while not room.is_full:
-            taken = await self._take_all(task_group, worker_id, room)
+            taken = await self.take_tasks(worker_id=worker_id, task_group=task_group, room=room)
             if taken:
                 await self._committer.durable()
                 return taken
@@ -294,6 +283,25 @@ class Shard:
                 break
             await self._work_or_deadline(task_group, deadline_ms)
         return []
+
+    async def take_tasks(self, *, worker_id: str, task_group: str, room: Room) -> list[LeasedTask]:
+        """Lease what is due and fits, reading on in the store while it has more.
+
+        For callers who ask several shards: the leases count once `durable` has returned.
+        """
+        taken: list[LeasedTask] = []
+        while True:
+            self._check_open()
+            queue = self._queue(task_group)
+            taken += self._take(queue, worker_id, room)
+            feeding = self._feeder.feed(queue, room.tasks)
+            if feeding is None or room.is_full:
+                return taken
+            await asyncio.wait({feeding})
+
+    async def durable(self) -> None:
+        """Wait until everything so far is durable."""
+        await self._committer.durable()
 
     async def lease_one(self, *, tenant: str, job_id: str, worker_id: str) -> LeasedTask:
         """Lease this job's pending attempt now, whenever it is due.
@@ -469,10 +477,10 @@ class Shard:
         except Exception as error:  # The outermost edge of our loops: stop with the reason.
             self._fail(error)
 
-    async def wait_closed(self) -> str:
-        """Wait until the shard has stopped; why."""
+    async def wait_closed(self) -> BaseException | None:
+        """Wait until the shard has stopped; the failure that stopped it, or None when it was closed."""
         await self._stopped.wait()
-        return self._stop_reason or "closed"
+        return self._stop_cause
 
     async def close(self) -> None:
         """Make everything durable and release the store. Closing twice is harmless.
@@ -500,7 +508,7 @@ class Shard:
         """Refuse new commands."""
         if self._is_stopped:
             return
-        self._stop_reason = "closed" if cause is None else (str(cause) or type(cause).__name__)
+        self._stop_cause = cause
         if self._alarm is not None:
             self._alarm.cancel()
         self._due.set()
@@ -519,7 +527,7 @@ class Shard:
 
     def _check_open(self) -> None:
         if self._is_stopped:
-            raise ShardClosed("shard closed", shard=self.shard_id, reason=self._stop_reason)
+            raise ShardClosed("shard closed", shard=self.shard_id) from self._stop_cause
         if len(self._committer.rows) > GROUP_ROWS_MAX:
             raise Overloaded("too many changes wait to be written; try again", shard=self.shard_id)
 
@@ -557,18 +565,6 @@ class Shard:
         """Raise it once everything it was judged by is durable."""
         await self._committer.durable()
         raise refusal
-
-    async def _take_all(self, task_group: str, worker_id: str, room: Room) -> list[LeasedTask]:
-        """Lease what is due, reading on in the store while it has more."""
-        taken: list[LeasedTask] = []
-        while True:
-            self._check_open()
-            queue = self._queue(task_group)
-            taken += self._take(queue, worker_id, room)
-            feeding = self._feeder.feed(queue, room.tasks)
-            if feeding is None or room.is_full:
-                return taken
-            await asyncio.wait({feeding})
 
     def _take(self, queue: TaskGroupQueue, worker_id: str, room: Room) -> list[LeasedTask]:
         now_ms = self._clock.now_ms()

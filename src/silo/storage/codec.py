@@ -39,5 +39,5 @@ def decode(kind: type[Record], value: bytes) -> Record:
         raise StoreCorrupt("record has an unknown version", kind=kind.__name__, version=value[:1].hex())
     try:
         return cast(Record, _decoders[kind].decode(memoryview(value)[1:]))
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StoreCorrupt("record does not decode", kind=kind.__name__) from error

@@ -5,9 +5,9 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any  # The binding is untyped: its objects are Any throughout this module.
 
@@ -22,6 +22,8 @@ _BLOCK_CACHE_BYTES = 64 << 20
 _SWEEP_S = 5.0
 _SCAN_BATCH = 1000
 _LOG_FILES_MAX = 1024  # Groups between two table flushes: what opening replays, a round trip each.
+_LOCAL_RETRIES_MAX = 3  # A local disk that failed some times in a row is not about to answer.
+_PROBE_BYTES = 64 << 10
 
 _DEFAULTS: Mapping[str, object] = {
     "flush_interval": None,
@@ -33,6 +35,17 @@ _DEFAULTS: Mapping[str, object] = {
         "compactions_options": {"interval": "60s", "min_age": "300s"},
     },
 }
+
+
+# The sweep, not the age, says which files of a local store may go: see `_LocalFiles`.
+_SWEPT: Mapping[str, object] = {
+    "garbage_collector_options": {
+        "wal_options": {"min_age": "3650d"},
+        "manifest_options": {"min_age": "3650d"},
+        "compactions_options": {"min_age": "3650d"},
+    }
+}
+_MANIFESTS_KEPT = 16  # Superseded ones that stay for whoever is reading them.
 
 
 class SlateStorage:
@@ -52,10 +65,16 @@ class SlateStorage:
     ) -> None:
         self.root = root.removeprefix("file://") if root.startswith("file://") else root
         self.directory = None if "://" in self.root else Path(self.root).absolute()
+        # The binding takes the bucket from the URL, and the rest from the path of each database.
+        self._url, self._prefix = _split_url(self.root if self.directory is None else "file:///")
         self.durability = durability
         self._settings = _merged(_DEFAULTS, settings or {})
         if durability is Durability.BUFFERED:
             self._settings["flush_interval"] = f"{flush_interval_ms}ms"
+        if self.directory is not None:
+            self._settings.setdefault("object_store_max_retries", _LOCAL_RETRIES_MAX)
+            if durability is Durability.FLUSHED:
+                self._settings = _merged(self._settings, _SWEPT)
         self._objects: Any = None
         self._cache: Any = None
         self._cache_ids: dict[str, int] = {}
@@ -71,16 +90,22 @@ class SlateStorage:
         """
         if self.directory is not None:
             _make_directory(self.directory)
-            path = str(self.directory / name)
-        else:
-            path = name
+        path = self._path(name)
         try:
             database = await self._builder(path).build()
         except slatedb.Error as error:
             raise _translated(error) from error
-        local = None if self.directory is None else _LocalFiles(Path(path))
+        local = None
+        if self.directory is not None:
+            admin = slatedb.AdminBuilder(path, self._objects).build()
+            local = _LocalFiles(Path(path), admin)
         store = SlateStore(database, durability=self.durability, local=local)
-        await store.start()
+        try:
+            await store.start()
+        except BaseException:
+            with suppress(StoreError):
+                await store.close()
+            raise
         return store
 
     async def destroy(self, name: str) -> None:
@@ -88,12 +113,10 @@ class SlateStorage:
         if self.directory is not None:
             await asyncio.to_thread(shutil.rmtree, self.directory / name, True)
             return
-        store = await self.open(name)
         try:
-            while rows := await store.scan(b"\x00", b"\xff", limit=_SCAN_BATCH):
-                await store.write({key: None for key, _ in rows})
-        finally:
-            await store.close()
+            await slatedb.AdminBuilder(self._path(name), self._resolved()).build().delete_db(True)
+        except slatedb.Error as error:
+            raise _translated(error) from error
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -125,20 +148,23 @@ class SlateStorage:
             file.flush()
             yield
 
-    def _builder(self, path: str) -> Any:
+    def _path(self, name: str) -> str:
+        return str(self.directory / name) if self.directory is not None else f"{self._prefix}{name}"
+
+    def _resolved(self) -> Any:
         if self._objects is None:
-            if self.directory is not None:
-                url = "file:///"
-            else:
-                url = "memory:///" if self.root.startswith("memory:") else self.root
-            self._objects = slatedb.ObjectStore.resolve(url)
+            self._objects = slatedb.ObjectStore.resolve(self._url)
             self._cache = slatedb.DbCache.new_foyer_cache(
                 slatedb.FoyerCacheOptions(max_capacity=_BLOCK_CACHE_BYTES, shards=4)
             )
+        return self._objects
+
+    def _builder(self, path: str) -> Any:
+        objects = self._resolved()
         settings = slatedb.Settings.default()
         for key, value in _flattened(self._settings):
             settings.set(key, json.dumps(value))
-        builder = slatedb.DbBuilder(path, self._objects)
+        builder = slatedb.DbBuilder(path, objects)
         builder.with_settings(settings)
         builder.with_db_cache(self._cache, self._cache_ids.setdefault(path, len(self._cache_ids) + 1))
         return builder
@@ -159,7 +185,8 @@ class SlateStore:
     async def start(self) -> None:
         """Begin to keep local files on disk."""
         if self._local is not None and self._durability is Durability.FLUSHED:
-            await self._local.sync_all()
+            await self._local.sync_log()  # What was replayed may be read from now on, so it must last.
+            await self._local.sweep()
             self._sweep = asyncio.get_running_loop().create_task(self._run_sweep(), name="sync tables")
 
     async def get(self, key: bytes) -> bytes | None:
@@ -178,6 +205,8 @@ class SlateStore:
 
     async def scan(self, start: bytes, end: bytes, *, limit: int) -> list[Row]:
         self._check_open()
+        if start >= end:
+            return []  # The binding takes this for an error.
         span = slatedb.KeyRange(start=start, start_inclusive=True, end=end, end_inclusive=False)
         rows: list[Row] = []
         try:
@@ -210,8 +239,8 @@ class SlateStore:
             await self._flush(slatedb.FlushType.MEM_TABLE)
         except slatedb.Error as error:
             raise self._translated(error) from error
-        if self._local is not None:
-            await self._local.sync_all()
+        if self._local is not None and self._durability is Durability.FLUSHED:
+            await self._local.sweep()
 
     async def close(self) -> None:
         if self._is_closed:
@@ -230,7 +259,7 @@ class SlateStore:
                 raise translated from error
         finally:
             if self._local is not None:
-                await self._local.close()
+                await self._local.close(last_sync=self._durability is Durability.FLUSHED)
 
     async def _flush(self, kind: Any) -> None:
         await self._database.flush_with_options(slatedb.FlushOptions(flush_type=kind))
@@ -259,13 +288,22 @@ class SlateStore:
         assert self._local is not None
         while True:
             await asyncio.sleep(_SWEEP_S)
-            await self._local.sync_all()
+            try:
+                await self._local.sweep()
+            except StoreUnavailable:
+                return  # Remembered there: the next write is answered with it.
+            except slatedb.Error:
+                continue  # A manifest could not be read: its logs stay until a sweep that can.
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise StoreUnavailable("the store is closed")
 
     def _translated(self, error: Exception) -> StoreError:
+        if self._local is not None and isinstance(error, slatedb.Error.Unavailable):
+            found = self._local.trouble()
+            if found is not None:
+                return found
         return _translated(error)
 
 
@@ -273,54 +311,78 @@ class _LocalFiles:
     """Puts on disk what SlateDB has written to local files: it never calls fsync itself.
 
     A log file is synced, with its directory, before its group is answered. Tables and manifests
-    follow in sweeps that come far more often than the garbage collector's shortest age, so
-    they are on disk before the logs that they replace are removed.
+    follow in sweeps. The garbage collector goes by the age of a file, which says nothing about
+    whatever replaces it: so logs and manifests look young to it, until a sweep has put their
+    successors on disk and dates them back. Old tables are kept by the compactor's checkpoints.
+
+    After a failed sync nothing is synced any more: the kernel may have dropped the pages and
+    would say yes the next time.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, admin: Any) -> None:
         self._path = path
+        self._admin = admin
         self._log = path / "wal"
-        self._next_log: int | None = None
+        self._next_log = 0
         self._synced: dict[str, set[str]] = {}
+        self._released = 0
+        self._failure: StoreUnavailable | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="silo-fsync")
 
     async def sync_log(self) -> None:
-        await self._run(self._sync_log)
+        await self._run(self._sync_log, self._thread)
 
-    async def sync_all(self) -> None:
-        await self._run(self._sync_all)
+    async def sweep(self) -> None:
+        """Sync tables and manifests, then let the logs go that they replace."""
+        manifest = await self._admin.read_manifest(None)
+        await self._run(self._sync_tables)
+        await self._run(lambda: self._release(manifest.replay_after_wal_id if manifest else 0))
 
-    async def close(self) -> None:
-        await self._run(self._sync_all)
-        self._thread.shutdown(wait=False)
+    async def close(self, *, last_sync: bool) -> None:
+        try:
+            if last_sync:
+                await self._run(self._sync_tables)
+        finally:
+            self._thread.shutdown(wait=False)
 
-    async def _run(self, work: Any) -> None:
+    def trouble(self) -> StoreUnavailable | None:
+        """Why nothing can be written here, when the operating system says so."""
+        probe = self._log / "probe"
+        try:
+            try:
+                probe.write_bytes(bytes(_PROBE_BYTES))
+            finally:
+                probe.unlink(missing_ok=True)
+        except OSError as error:
+            return _os_error(self._path, error)
+        return None
+
+    async def _run(self, work: Callable[[], None], thread: ThreadPoolExecutor | None = None) -> None:
+        if self._failure is not None:
+            raise self._failure
         try:
             # Shielded: a caller that goes away must not leave a half-synced group behind.
-            await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, work))
+            await asyncio.shield(asyncio.get_running_loop().run_in_executor(thread, work))
         except OSError as error:
-            raise _os_error(self._path, error) from error
+            self._failure = _os_error(self._path, error)
+            raise self._failure from error
 
     def _sync_log(self) -> None:
-        if self._next_log is None:
-            numbers = [int(entry.name[:20]) for entry in os.scandir(self._log) if entry.name[:20].isdigit()]
-            self._next_log = min(numbers, default=1)
         is_new = False
-        while True:
-            try:
-                handle = os.open(self._log / f"{self._next_log:020d}.sst", os.O_RDONLY)
-            except FileNotFoundError:
-                break
-            try:
-                os.fdatasync(handle)
-            finally:
-                os.close(handle)
+        while self._next_log and _sync_file(self._log / f"{self._next_log:020d}.sst"):
             self._next_log += 1
             is_new = True
+        if not is_new:
+            # The first time; or another write was faster; or the collector was, and left a gap.
+            for number in self._logs():
+                if number >= self._next_log:
+                    _sync_file(self._log / f"{number:020d}.sst")
+                    self._next_log = number + 1
+                    is_new = True
         if is_new:
             _sync_directory(self._log)
 
-    def _sync_all(self) -> None:
+    def _sync_tables(self) -> None:
         for folder in ("compacted", "manifest", "compactions"):
             path = self._path / folder
             if not path.is_dir():
@@ -332,24 +394,55 @@ class _LocalFiles:
             if present - known:
                 _sync_directory(path)
             self._synced[folder] = present
-        if self._path.is_dir():
-            _sync_directory(self._path)
-            _sync_directory(self._path.parent)
+        _sync_directory(self._path)
+        _sync_directory(self._path.parent)
+
+    def _release(self, last_log: int) -> None:
+        """Let the collector have what is superseded on disk."""
+        first = self._released + 1
+        numbers = range(first, last_log + 1) if self._released else self._logs()
+        for number in numbers:
+            if number <= last_log:
+                _date_back(self._log / f"{number:020d}.sst")
+        self._released = max(self._released, last_log)
+        for folder in ("manifest", "compactions"):
+            for name in sorted(self._synced.get(folder, ()))[:-_MANIFESTS_KEPT]:
+                _date_back(self._path / folder / name)
+
+    def _logs(self) -> list[int]:
+        """Numbers of the log files, ascending. Files in the making have longer names."""
+        names = [entry.name for entry in os.scandir(self._log)]
+        return sorted(int(name[:20]) for name in names if name[20:] == ".sst" and name[:20].isdigit())
 
 
-def _sync_file(path: Path) -> None:
+def _sync_file(path: Path) -> bool:
+    """Put a file on disk; False when it is not there."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        return  # The garbage collector was faster.
+        return False
+    try:
+        os.fdatasync(handle)
+    finally:
+        os.close(handle)
+    return True
+
+
+def _sync_directory(path: Path) -> None:
+    """Put a directory's names on disk."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _sync_directory(path: Path) -> None:
-    _sync_file(path)
+def _date_back(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        os.utime(path, (0, 0))
 
 
 async def _get(database: Any, key: bytes) -> bytes | None:
@@ -399,11 +492,24 @@ def _os_error(path: Path, error: OSError) -> StoreUnavailable:
 
 def _make_directory(path: Path) -> None:
     try:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            _sync_directory(folder.parent)
     except OSError as error:
         raise _os_error(path, error) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise StoreUnavailable(f"cannot write to data directory {path}: Permission denied")
+
+
+def _split_url(root: str) -> tuple[str, str]:
+    """The URL of the object store, and what the paths in it start with."""
+    if root.startswith("memory:"):
+        return "memory:///", ""
+    scheme, _, rest = root.partition("://")
+    bucket, _, prefix = rest.partition("/")
+    prefix = prefix.strip("/")
+    return f"{scheme}://{bucket}" + ("/" if not bucket else ""), f"{prefix}/" if prefix else ""
 
 
 def _merged(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:

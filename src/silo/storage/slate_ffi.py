@@ -51,7 +51,7 @@ def _is_available() -> bool:
 AVAILABLE = _is_available()
 
 if AVAILABLE:
-    # PyDLL keeps the interpreter lock: these calls take less time than giving it up would.
+    # PyDLL keeps the interpreter lock: these calls never wait, and take less time than giving it up would.
     _library = ctypes.PyDLL(binding._UniffiLib._name)
     for _symbol in _SYMBOLS:
         getattr(_library, _symbol).argtypes = getattr(binding._UniffiLib, _symbol).argtypes
@@ -74,9 +74,11 @@ if AVAILABLE:
     _get = _library.uniffi_slatedb_uniffi_fn_method_db_get
     _clone_iterator = _library.uniffi_slatedb_uniffi_fn_clone_dbiterator
     _next_batch = _library.uniffi_slatedb_uniffi_fn_method_dbiterator_next_batch
-    _poll = _library.ffi_slatedb_uniffi_rust_future_poll_rust_buffer
-    _complete = _library.ffi_slatedb_uniffi_rust_future_complete_rust_buffer
-    _free_future = _library.ffi_slatedb_uniffi_rust_future_free_rust_buffer
+    # Not these: they take a lock that a thread of the store may hold while its callback, `_continue`,
+    # waits for the interpreter lock. Called with that lock held they would wait for each other for ever.
+    _poll = binding._UniffiLib.ffi_slatedb_uniffi_rust_future_poll_rust_buffer
+    _complete = binding._UniffiLib.ffi_slatedb_uniffi_rust_future_complete_rust_buffer
+    _free_future = binding._UniffiLib.ffi_slatedb_uniffi_rust_future_free_rust_buffer
     _free_buffer = _library.ffi_slatedb_uniffi_rustbuffer_free
 
 

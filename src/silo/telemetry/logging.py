@@ -115,7 +115,7 @@ class _JsonLines(logging.Formatter):
             event.setdefault(name, value)
         if record.exc_info:
             event["error_trace"] = self.formatException(record.exc_info)
-        return json.dumps(event, default=str, ensure_ascii=False)
+        return json.dumps(event, default=str)
 
 
 def _quoted(value: object) -> str:

@@ -13,7 +13,7 @@ _NO_VALUE = 0  # Extension type by which other clients write "no value".
 
 
 class PayloadError(SiloError):
-    """A value cannot be encoded, or bytes are no value. Nothing was sent."""
+    """A value cannot be encoded, and nothing was sent; or bytes that came are no value."""
 
     kind = ErrorKind.INVALID
 
@@ -59,7 +59,7 @@ def decode(data: bytes, *, field: str) -> Any:
         )
     except PayloadError:
         raise
-    except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         raise PayloadError(f"cannot decode {field}: {type(error).__name__}") from error
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 P = TypeVar("P")
-M = TypeVar("M", bound=Mapping[str, str])
+M = TypeVar("M", bound=Mapping[str, object])  # Its values are texts; a TypedDict names its keys.
 
 
 @dataclass(frozen=True, kw_only=True)

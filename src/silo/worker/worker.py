@@ -10,30 +10,39 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, TypeVar, cast
+from typing import Generic, TypeVar, cast, overload
+
+import msgspec
 
 from silo.client.client import SiloGRPCClient
 from silo.client.errors import (
     DuplicateTaskDeliveryError,
     SiloClientError,
+    SiloDeadlineExceededError,
     SiloFailedPreconditionError,
     TaskLeaseLostError,
     TaskNotFoundError,
 )
+from silo.client.messages import Outcome, report_to_pb
 from silo.client.outcome import Cancelled, Failure, Success
 from silo.client.types import LeasedTask
-from silo.wire.payload import PayloadError, decode, encode
+from silo.wire.payload import decode
+from silo.wire.pb.silo.v1 import silo_pb2 as pb
 from silo.worker.context import CancellationSignal, Task, TaskContext
 
 log = logging.getLogger(__name__)
 
 P = TypeVar("P")
-M = TypeVar("M", bound=Mapping[str, str])
+M = TypeVar("M", bound=Mapping[str, object])
 R = TypeVar("R")
 
-Handler = Callable[[TaskContext[P, M]], Awaitable[Success[R] | Failure | Cancelled | R]]
-_LONG_POLL_MS = 1000  # Also the longest that `stop` waits for a poll under way.
-_HEARTBEAT_TIMEOUT_S = 8.0  # Below the lease length: a beat that takes longer is worth nothing.
+# Two forms of handlers, because from one type with both `Success[R]` and `R` no type checker tells what R is.
+OutcomeHandler = Callable[[TaskContext[P, M]], Awaitable[Success[R] | Failure | Cancelled]]
+ValueHandler = Callable[[TaskContext[P, M]], Awaitable[R | Failure | Cancelled]]
+_LONG_POLL_MS = 1000  # Also how long `stop` waits at an idle server.
+_LEASE_MS = 10_000  # If a server does not say.
+_HEARTBEAT_SHARE = 0.8  # Of the lease: a beat that takes longer is worth nothing.
+_TEARDOWN_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,11 +71,22 @@ class _Reason(enum.Enum):
 class _Active:
     """One task from delivery until its outcome is reported."""
 
-    def __init__(self, leased: LeasedTask) -> None:
+    def __init__(self, leased: LeasedTask, *, beat_at: float) -> None:
         self.leased = leased
+        self.beat_at = beat_at  # When its next heartbeat is due.
         self.signal = CancellationSignal()
         self.reason: _Reason | None = None
+        self.is_started = False
         self.is_settled = False
+
+    @property
+    def is_lost(self) -> bool:
+        return self.reason is _Reason.LEASE_LOST
+
+    @property
+    def needs_heartbeats(self) -> bool:
+        """Also when it was cancelled: the handler may take its time to clean up."""
+        return not self.is_settled and not self.is_lost
 
     def cancel(self, reason: _Reason) -> None:
         if self.reason is None or reason is _Reason.LEASE_LOST:
@@ -87,7 +107,9 @@ class SiloWorker(Generic[P, M, R]):
         worker_id: unique among running workers; leases belong to it.
         task_group: the only one it sees.
         tenant: accepted for symmetry; a worker serves all tenants of its group.
-        max_concurrent_tasks: handlers that run at a time. No more tasks are leased than can run.
+        payload_type: payloads are checked against it and made into it, if it is a dataclass or a
+            msgspec struct; one that does not fit is a failure. Without it they stay plain values.
+        max_concurrent_tasks: handlers that run at a time. No more tasks are asked for than can run.
         concurrent_pollers: polls in flight at a time.
         tasks_per_poll: upper bound of one poll; half of `max_concurrent_tasks` by default.
         poll_interval_ms: pause between polls at a server that cannot wait for work.
@@ -95,14 +117,51 @@ class SiloWorker(Generic[P, M, R]):
         on_error: called with each error and its context; logs by default.
     """
 
+    @overload
     def __init__(
         self,
         *,
         client: SiloGRPCClient,
         worker_id: str,
         task_group: str,
-        handler: Handler[P, M, R],
+        handler: OutcomeHandler[P, M, R],
+        tenant: str | None = ...,
+        payload_type: type[P] | None = ...,
+        max_concurrent_tasks: int = ...,
+        concurrent_pollers: int = ...,
+        tasks_per_poll: int | None = ...,
+        poll_interval_ms: int = ...,
+        heartbeat_interval_ms: int = ...,
+        on_error: Callable[[BaseException, ErrorContext], None] | None = ...,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        *,
+        client: SiloGRPCClient,
+        worker_id: str,
+        task_group: str,
+        handler: ValueHandler[P, M, R],
+        tenant: str | None = ...,
+        payload_type: type[P] | None = ...,
+        max_concurrent_tasks: int = ...,
+        concurrent_pollers: int = ...,
+        tasks_per_poll: int | None = ...,
+        poll_interval_ms: int = ...,
+        heartbeat_interval_ms: int = ...,
+        on_error: Callable[[BaseException, ErrorContext], None] | None = ...,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        *,
+        client: SiloGRPCClient,
+        worker_id: str,
+        task_group: str,
+        handler: OutcomeHandler[P, M, R] | ValueHandler[P, M, R],
         tenant: str | None = None,
+        payload_type: type[P] | None = None,
         max_concurrent_tasks: int = 10,
         concurrent_pollers: int = 1,
         tasks_per_poll: int | None = None,
@@ -110,8 +169,15 @@ class SiloWorker(Generic[P, M, R]):
         heartbeat_interval_ms: int = 5000,
         on_error: Callable[[BaseException, ErrorContext], None] | None = None,
     ) -> None:
-        if max_concurrent_tasks < 1 or concurrent_pollers < 1:
-            raise ValueError("max_concurrent_tasks and concurrent_pollers must be at least 1")
+        for name, value in (
+            ("max_concurrent_tasks", max_concurrent_tasks),
+            ("concurrent_pollers", concurrent_pollers),
+            ("tasks_per_poll", 1 if tasks_per_poll is None else tasks_per_poll),
+            ("poll_interval_ms", poll_interval_ms),
+            ("heartbeat_interval_ms", heartbeat_interval_ms),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
         self._client = client
         self._handler = handler
         self._on_error = on_error
@@ -124,13 +190,16 @@ class SiloWorker(Generic[P, M, R]):
         self.poll_interval_ms = poll_interval_ms
         self.heartbeat_interval_ms = heartbeat_interval_ms
         self.metrics = WorkerMetrics()
-        self._active: dict[str, _Active] = {}
-        self._running: set[asyncio.Task[None]] = set()
+        self._payload_type = payload_type
+        self._active: dict[str, _Active] = {}  # By task id; a task whose lease was lost is not in it.
+        self._tasks: dict[asyncio.Task[None], _Active] = {}  # Whatever was delivered and has not ended.
+        self._slots = asyncio.Semaphore(max_concurrent_tasks)
         self._polled = 0  # Tasks that polls under way may still bring.
         self._pollers: list[asyncio.Task[None]] = []
         self._beats: set[asyncio.Task[None]] = set()
         self._beater: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()  # A slot came free, or the worker stops.
+        self._stopping = asyncio.Event()
         self._is_running = False
         self._server_index = 0
 
@@ -145,20 +214,32 @@ class SiloWorker(Generic[P, M, R]):
     @property
     def active_tasks(self) -> int:
         """Tasks whose handler runs or whose outcome is being reported."""
-        return len(self._running)
+        return sum(active.is_started for active in self._tasks.values())
+
+    @property
+    def queued_tasks(self) -> int:
+        """Tasks delivered that wait for a slot. There are none unless a server sends more than asked for."""
+        return len(self._tasks) - self.active_tasks
 
     @property
     def available_task_slots(self) -> int:
-        return self.max_concurrent_tasks - len(self._running)
+        """How many more tasks could start now; below zero if too many were delivered."""
+        return self.max_concurrent_tasks - len(self._tasks)
 
     # Life cycle
 
     def start(self) -> None:
-        """Begin to poll. On a running worker it does nothing."""
+        """Begin to poll. On a running worker it does nothing.
+
+        Raises:
+            RuntimeError: it is still stopping; wait for `stop` first.
+        """
         if self._is_running:
             return
+        if self._pollers:
+            raise RuntimeError("the worker is still stopping")
         self._is_running = True
-        self._changed = asyncio.Event()
+        self._changed, self._stopping = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
         self._pollers = [
             loop.create_task(self._poll_forever(), name=f"poll {self.worker_id}")
@@ -169,23 +250,38 @@ class SiloWorker(Generic[P, M, R]):
     async def stop(self, timeout: float = 30.0) -> None:
         """Stop polling and wait until all tasks have ended and are reported, `timeout` seconds at most.
 
-        Handlers are not interrupted. Those that run longer go on without heartbeats, and
-        their outcome counts if their lease still stands when they end.
+        A poll under way is waited for, and what it brings is run. Handlers are not interrupted:
+        those that run longer go on without heartbeats, and their outcome counts if their lease
+        still stands when they end. On a worker that is not running, or that somebody else
+        stops already, it returns at once.
         """
         if not self._is_running:
             return
         self._is_running = False
+        self._stopping.set()
         self._changed.set()
-        await asyncio.wait(self._pollers)
-        if self._running:
-            await asyncio.wait(set(self._running), timeout=timeout)
-        await self._end_heartbeats()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        try:
+            await asyncio.wait(self._pollers, timeout=timeout)
+            me = asyncio.current_task()  # A handler that stops its own worker must not wait for itself.
+            if tasks := [task for task in self._tasks if task is not me]:
+                await asyncio.wait(tasks, timeout=max(0.0, deadline - loop.time()))
+        finally:
+            abandoned = [task for task, active in self._tasks.items() if not active.is_started]
+            await self._tear_down(*abandoned)
 
-    async def _end_heartbeats(self) -> None:
+    async def _tear_down(self, *tasks: asyncio.Task[None]) -> None:
+        """End these tasks, and polling and heartbeats for good."""
+        ending = {*tasks, *self._pollers, *self._beats}
         if self._beater is not None:
-            self._beater.cancel()
-            await asyncio.wait({self._beater, *self._beats}, timeout=_HEARTBEAT_TIMEOUT_S)
-            self._beater = None
+            ending.add(self._beater)
+        ending.discard(cast("asyncio.Task[None]", asyncio.current_task()))
+        self._pollers, self._beater = [], None
+        for task in ending:
+            task.cancel()
+        if ending:
+            await asyncio.wait(ending, timeout=_TEARDOWN_S)
 
     async def __aenter__(self) -> "SiloWorker[P, M, R]":
         self.start()
@@ -197,27 +293,35 @@ class SiloWorker(Generic[P, M, R]):
         await self.stop()
 
     async def run(self, *, stop_timeout: float = 30.0) -> None:
-        """Work until SIGINT or SIGTERM, then drain. A second signal ends it at once."""
+        """Work until SIGINT or SIGTERM, then drain. A second signal cancels the handlers that still run.
+
+        Being cancelled counts as the second signal. Only for the main thread of a process.
+        """
+        self.start()
         loop = asyncio.get_running_loop()
         first, second = asyncio.Event(), asyncio.Event()
 
         def on_signal() -> None:
             (second if first.is_set() else first).set()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, on_signal)
         try:
-            self.start()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, on_signal)
             await first.wait()
             stopping = loop.create_task(self.stop(stop_timeout))
             impatient = loop.create_task(second.wait())
-            await asyncio.wait({stopping, impatient}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (stopping, impatient, *(self._running if second.is_set() else ())):
-                task.cancel()
-            await asyncio.wait({stopping, impatient})
+            try:
+                await asyncio.wait({stopping, impatient}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                stopping.cancel()
+                impatient.cancel()
+                await asyncio.wait({stopping, impatient})
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
+            if not first.is_set() or second.is_set() or _is_being_cancelled():
+                self._is_running = False
+                await self._tear_down(*self._tasks)
 
     # Polling
 
@@ -230,12 +334,16 @@ class SiloWorker(Generic[P, M, R]):
                 continue
             self._polled += wanted
             started = time.monotonic()
+            tasks: list[LeasedTask] = []
             try:
                 tasks = await self._poll(wanted)
-            except SiloClientError as error:
+            except asyncio.CancelledError as error:
+                if _is_being_cancelled():
+                    raise
+                self._report_error(error)
+            except Exception as error:  # The outermost edge of a poller, which outlives whatever goes wrong.
                 if self._is_running:
                     self._report_error(error)
-                tasks = []
             finally:
                 self._polled -= wanted
             for leased in tasks:
@@ -253,6 +361,7 @@ class SiloWorker(Generic[P, M, R]):
             task_group=self.task_group,
             server_index=index,
             wait_ms=_LONG_POLL_MS,
+            give_up=self._stopping,
         )
         self.metrics.polls += 1
         self.metrics.empty_polls += not tasks
@@ -274,63 +383,68 @@ class SiloWorker(Generic[P, M, R]):
             self.metrics.duplicate_task_deliveries += 1
             self._report_error(DuplicateTaskDeliveryError(leased.id, leased.job_id), leased.id)
             return
-        active = self._active[leased.id] = _Active(leased)
-        task = asyncio.get_running_loop().create_task(self._work(active), name=f"task {leased.id}")
-        self._running.add(task)
+        loop = asyncio.get_running_loop()
+        active = _Active(leased, beat_at=loop.time() + self.heartbeat_interval_ms / 1000)
+        self._active[leased.id] = active
+        task = loop.create_task(self._work(active), name=f"task {leased.id}")
+        self._tasks[task] = active
         task.add_done_callback(self._finished)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
+        active = self._tasks.pop(task)
+        if self._active.get(active.leased.id) is active:
+            del self._active[active.leased.id]
         self._changed.set()
 
     async def _work(self, active: _Active) -> None:
-        leased = active.leased
-        try:
-            outcome = await self._outcome(active)
+        async with self._slots:
+            if active.is_lost:
+                return  # While it waited for a slot: it runs elsewhere by now.
+            active.is_started = True
+            report = await self._run_handler(active)
             active.is_settled = True
-            if active.reason is _Reason.LEASE_LOST:
+            # From here to the sending of the report nothing is awaited: what was noticed by now counts.
+            if active.is_lost:
                 return
             if active.reason is not None:
-                outcome = Cancelled()
-            await self._report(leased, outcome)
-        except SiloClientError as error:
-            self._report_error(error, leased.id)
-        finally:
-            if self._active.get(leased.id) is active:
-                del self._active[leased.id]
+                report = self._encoded(active.leased, Cancelled())
+            try:
+                await self._report(active.leased, report)
+            except asyncio.CancelledError as error:
+                if _is_being_cancelled():
+                    raise
+                self._report_error(error, active.leased.id)
+            except Exception as error:  # The outermost edge of a task: the others go on.
+                self._report_error(error, active.leased.id)
 
-    async def _outcome(self, active: _Active) -> Success[Any] | Failure | Cancelled:
-        """Run the handler; whatever it does becomes an outcome."""
+    async def _run_handler(self, active: _Active) -> pb.ReportOutcomeRequest:
+        """Run the handler; whatever it does becomes an outcome that can be sent."""
         try:
-            context = self._context(active)
-            returned = await self._handler(context)
-            match returned:
-                case Success(result=result):
-                    encode(result)
-                    return returned
-                case Failure(data=data):
-                    if not isinstance(data, bytes):
-                        encode(data)
-                    return returned
-                case Cancelled():
-                    return returned
-                case _:
-                    encode(returned)
-                    return Success(returned)
+            returned = await self._handler(self._context(active))
+            if not isinstance(returned, Success | Failure | Cancelled):
+                returned = Success(returned)
+            return self._encoded(active.leased, returned)
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise  # We are being torn down, not the handler's own doing.
-            return Failure("HANDLER_ERROR", error_data(error))
+            if _is_being_cancelled():
+                raise  # The worker is torn down; this is not the handler's own doing.
+            failure = Failure("HANDLER_ERROR", error_data(error))
         except Exception as error:  # The edge around user code.
-            return Failure("HANDLER_ERROR", error_data(error))
+            failure = Failure("HANDLER_ERROR", error_data(error))
+        return self._encoded(active.leased, failure)
+
+    @staticmethod
+    def _encoded(leased: LeasedTask, outcome: Outcome) -> pb.ReportOutcomeRequest:
+        return report_to_pb(outcome, task_id=leased.id, tenant=leased.tenant_id)
 
     def _context(self, active: _Active) -> TaskContext[P, M]:
         leased = active.leased
+        payload = decode(leased.payload_bytes, field="payload")
+        if self._payload_type is not None:
+            payload = msgspec.convert(payload, self._payload_type)
         task = Task(
             id=leased.id,
             job_id=leased.job_id,
-            payload=cast(P, decode(leased.payload_bytes, field="payload")),
+            payload=cast(P, payload),
             metadata=cast(M, leased.metadata),
             attempt_number=leased.attempt_number,
             relative_attempt_number=leased.relative_attempt_number,
@@ -343,51 +457,89 @@ class SiloWorker(Generic[P, M, R]):
         )
 
         async def cancel() -> None:
-            if active.reason is None:
-                active.cancel(_Reason.CLIENT)
-                with suppress(SiloClientError):  # It may be cancelled or over already.
-                    await self._client.cancel_job(leased.job_id, leased.tenant_id)
+            if active.reason is not None or active.is_settled:
+                return
+            active.cancel(_Reason.CLIENT)
+            try:
+                await self._client.cancel_job(leased.job_id, leased.tenant_id)
+            except SiloClientError as error:
+                # Cancelled or over already: either way it ends as cancelled here.
+                log.debug("[SiloWorker] Cancel of job %s was refused: %s", leased.job_id, error)
 
         return TaskContext(task, active.signal, cancel)
 
-    async def _report(self, leased: LeasedTask, outcome: Success[Any] | Failure | Cancelled) -> None:
-        await self._client.report_outcome(
-            task_id=leased.id, shard=leased.shard, outcome=outcome, tenant=leased.tenant_id
+    async def _report(self, leased: LeasedTask, report: pb.ReportOutcomeRequest) -> None:
+        try:
+            await self._client.send_report(report, shard=leased.shard)
+        except TaskNotFoundError as error:
+            # An earlier try may have been stored although its answer was lost. That is no loss.
+            if not error.after_retry or not await self._was_stored(leased):
+                raise
+
+    async def _was_stored(self, leased: LeasedTask) -> bool:
+        job = await self._client.get_job(leased.job_id, leased.tenant_id, include_attempts=True)
+        return any(
+            attempt.task_id == leased.id
+            and attempt.status != "Running"
+            and attempt.error_code != "WORKER_CRASHED"
+            for attempt in job.attempts or ()
         )
 
     # Heartbeats
 
     async def _beat_forever(self) -> None:
+        loop = asyncio.get_running_loop()
+        interval_s = self.heartbeat_interval_ms / 1000
         while True:
-            await asyncio.sleep(self.heartbeat_interval_ms / 1000)
+            # A task that comes while this sleeps is due after the end of the sleep.
+            now = loop.time()
+            due = [active.beat_at for active in self._active.values() if active.needs_heartbeats]
+            await asyncio.sleep(min([now + interval_s, *due]) - now)
+            now = loop.time()
             for active in list(self._active.values()):
-                if not active.is_settled and active.reason is not _Reason.LEASE_LOST:
-                    beat = asyncio.get_running_loop().create_task(self._beat(active))
+                if active.needs_heartbeats and active.beat_at <= now:
+                    active.beat_at = now + interval_s
+                    beat = loop.create_task(self._beat(active), name=f"heartbeat {active.leased.id}")
                     self._beats.add(beat)
                     beat.add_done_callback(self._beats.discard)
 
     async def _beat(self, active: _Active) -> None:
         leased = active.leased
+        timeout_s = (leased.lease_ms or _LEASE_MS) / 1000 * _HEARTBEAT_SHARE
         try:
-            async with asyncio.timeout(_HEARTBEAT_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 answer = await self._client.heartbeat(
                     self.worker_id, leased.id, leased.shard, leased.tenant_id
                 )
-        except (SiloClientError, TimeoutError) as error:
-            if not active.is_settled:
-                self._beat_failed(active, error)
+        except TimeoutError:
+            self._beat_failed(
+                active,
+                SiloDeadlineExceededError(
+                    "DEADLINE_EXCEEDED", f"no answer to a heartbeat within {timeout_s} s"
+                ),
+            )
+            return
+        except asyncio.CancelledError as error:
+            if _is_being_cancelled():
+                raise
+            self._beat_failed(active, error)
+            return
+        except Exception as error:  # The outermost edge of a heartbeat: the next one may work.
+            self._beat_failed(active, error)
             return
         if answer.cancelled:
             active.cancel(_Reason.SERVER)
 
-    def _beat_failed(self, active: _Active, error: Exception) -> None:
+    def _beat_failed(self, active: _Active, error: BaseException) -> None:
+        if active.is_settled:
+            return  # The usual race with the report.
         leased = active.leased
         is_lost = (
             isinstance(error, TaskNotFoundError) and "lease not found" in (error.grpc_message or "")
         ) or (isinstance(error, SiloFailedPreconditionError) and "lease owner mismatch" in error.grpc_message)
         if not is_lost:
             self._report_error(error, leased.id)
-        elif active.reason is not _Reason.LEASE_LOST:
+        elif not active.is_lost:
             active.cancel(_Reason.LEASE_LOST)
             if self._active.get(leased.id) is active:
                 del self._active[leased.id]
@@ -405,16 +557,23 @@ class SiloWorker(Generic[P, M, R]):
 
 def error_data(error: BaseException) -> dict[str, object]:
     """What is stored of an exception: its name, message, stack, and code if it has a text of that name."""
-    data: dict[str, object] = {
+    try:
+        message = str(error)
+    except Exception:  # The edge around user code.
+        message = "<the text of the exception raised an exception>"
+    data = {
         "name": type(error).__name__,
-        "message": str(error),
+        "message": message,
         "stack": "".join(traceback.format_exception(error)),
     }
     code = getattr(error, "code", None)
     if isinstance(code, str):
         data["code"] = code
-    try:
-        encode(data)
-    except PayloadError:
-        return {"name": type(error).__name__, "message": repr(error)}
-    return data
+    # Lone surrogates have no UTF-8 form.
+    return {key: text.encode(errors="backslashreplace").decode() for key, text in data.items()}
+
+
+def _is_being_cancelled() -> bool:
+    """Whether somebody cancelled this task, so that a CancelledError must pass through."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

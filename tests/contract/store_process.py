@@ -1,13 +1,15 @@
 """A program that writes numbered batches to a local store, or holds its lock, until it is killed.
 
-    python store_process.py write ROOT FIRST BYTES    prints each number when its write has returned
-    python store_process.py lock ROOT                 prints its process id when it holds the lock
+    python store_process.py write ROOT FIRST BYTES [FILE_BYTES_MAX]
+                                        prints each number when its write has returned
+    python store_process.py lock ROOT   prints "locked" when it holds the lock
 
 A batch `n` is the rows `0/n` to `7/n`, all with the same value; every fifth one also deletes
 the rows of the batch before it. When a write fails the program prints the reason and ends.
 """
 
 import asyncio
+import resource
 import sys
 from collections.abc import Iterable
 
@@ -68,7 +70,9 @@ def _lock(root: str) -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["write", root, first, value_bytes]:
+        case ["write", root, first, value_bytes, *file_bytes_max]:
+            for limit in map(int, file_bytes_max):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             asyncio.run(_write(root, int(first), int(value_bytes)))
         case ["lock", root]:
             _lock(root)

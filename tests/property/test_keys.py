@@ -89,19 +89,20 @@ def test_reading_text_from_any_bytes_gives_text_or_a_value_error(key: bytes, at:
     assert keys.counts_key(text)[1:] == key[at:end]
 
 
-@given(_texts, _texts, _texts, _texts, _times, _bytes, _texts)
+_queues = st.tuples(_texts, _texts)
+
+
+@given(_queues, _queues, st.tuples(_times, _bytes, _texts))
 def test_a_queue_prefix_holds_exactly_its_own_rows(
-    group: str, tenant: str, other_group: str, other_tenant: str, at_ms: int, priority: int, job_id: str
+    queue: tuple[str, str], other: tuple[str, str], row: tuple[int, int, str]
 ) -> None:
-    row = keys.queue_key(other_group, other_tenant, at_ms, priority, job_id)
+    prefix = keys.queue_prefix(*queue)
+    assert _holds(prefix, keys.queue_key(*queue, *row))
+    assert _holds(prefix, keys.queue_key(*other, *row)) == (queue == other)
 
-    prefix = keys.queue_prefix(group, tenant)
-    assert _holds(prefix, row) == ((group, tenant) == (other_group, other_tenant))
-    assert _holds(prefix, keys.queue_key(group, tenant, at_ms, priority, job_id))
-
-    prefix = keys.queue_group_prefix(group)
-    assert _holds(prefix, row) == (group == other_group)
-    assert _holds(prefix, keys.queue_key(group, other_tenant, at_ms, priority, job_id))
+    prefix = keys.queue_group_prefix(queue[0])
+    assert _holds(prefix, keys.queue_key(queue[0], other[1], *row))
+    assert _holds(prefix, keys.queue_key(*other, *row)) == (queue[0] == other[0])
 
 
 @given(_times, _texts, _texts)

@@ -110,7 +110,11 @@ def _check_derived_rows(rows: Rows, jobs: Mapping[Name, Stored]) -> None:
         expected |= dict.fromkeys(locus, codec.encode(stored.state))
         for name, value in stored.job.metadata:
             expected[keys.metadata_index_key(tenant, name, value, job_id)] = b""
-    found = {key: value for key, value in rows.items() if key[:1] in (b"i", b"m", b"q", b"t", b"l")}
+    found = {key: value for key, value in rows.items() if key[:1] in (b"i", b"m", b"t", b"l")}
+    for key in (row for row in rows if row.startswith(b"q")):
+        state, job = codec.decode_queued(rows[key])
+        assert job is None or job == jobs[state.tenant, state.job_id].job
+        found[key] = codec.encode(state)
     assert found == expected
 
 

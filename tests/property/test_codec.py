@@ -150,3 +150,18 @@ def test_records_of_today_with_fields_of_tomorrow_still_decode() -> None:
     assert codec.decode(ShardTotals, b"\x01" + msgspec.msgpack.encode([*fields, "new"])) == ShardTotals(4, 3)
     assert codec.decode(ShardTotals, b"\x01" + msgspec.msgpack.encode([4])) == ShardTotals(4)
     assert policy == msgspec.convert(msgspec.to_builtins(policy), RetryPolicy)
+
+
+@given(_states, _jobs)
+def test_a_queue_row_gives_back_its_state_and_the_job_it_has_along(state: JobState, job: Job) -> None:
+    value = codec.encode(state)
+    assert codec.decode_queued(value) == (state, None)
+    assert codec.decode_queued(codec.queued(value, codec.encode(job))) == (state, job)
+
+
+@given(_states, _jobs, st.data())
+def test_a_damaged_queue_row_is_corrupt(state: JobState, job: Job, data: st.DataObject) -> None:
+    value = codec.queued(codec.encode(state), codec.encode(job))
+    cut = data.draw(st.integers(0, len(value) - 1))
+    with pytest.raises(StoreCorrupt):
+        codec.decode_queued(value[:cut])

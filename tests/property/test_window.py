@@ -105,14 +105,15 @@ class WindowMachine(RuleBasedStateMachine):
     def head_and_complete_hold(self) -> None:
         bound = self.window.bound
         head = sorted(key for key in self.rows if bound is None or key < bound)
-        assert self.window.head(len(self.rows) + 1) == [self.rows[key] for key in head]
+        assert [self.window.get(key) for key in head] == [self.rows[key] for key in head]
         assert len(self.window) == len(head)
         assert all((key in self.window) == (key in head) for key in self.rows)
         assert self.window.is_complete == (bound is None)
 
     @invariant()
     def looks_agree(self) -> None:
-        head = self.window.head(100)
+        bound = self.window.bound
+        head = [self.rows[key] for key in sorted(self.rows) if bound is None or key < bound]
         assert self.window.first_key == (head[0].job_id.encode() if head else None)
         assert [self.window.state_at(index) for index in range(len(head) + 1)] == [*head, None]
         if head:

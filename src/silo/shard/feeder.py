@@ -117,8 +117,14 @@ class Feeder:
         except BaseException:
             window.abandon_refill()
             raise
-        rows = [(key, codec.decode(JobState, value)) for key, value in stored]
-        window.finish_refill(rows, is_exhausted=len(stored) < _REFILL_ROWS)
+        rows = [(key, *codec.decode_queued(value)) for key, value in stored]
+        window.finish_refill(
+            [(key, state) for key, state, _ in rows], is_exhausted=len(stored) < _REFILL_ROWS
+        )
+        # Last to first: what runs next is the newest in the cache, so no other pushes it out.
+        for key, state, job in reversed(rows):
+            if job is not None and window.get(key) is state:
+                self._jobs.put(job)
         first = window.first_key
         if window.is_complete:
             self._floors.drop(prefix, self._committer.rows)
@@ -190,4 +196,4 @@ class Feeder:
 
 
 def _state(value: bytes | None) -> JobState | None:
-    return None if value is None else codec.decode(JobState, value)
+    return None if value is None else codec.decode_queued(value)[0]

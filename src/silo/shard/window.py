@@ -50,8 +50,8 @@ class Window:
     def first(self) -> JobState:
         return self._states[self._keys[0]]
 
-    def head(self, count: int) -> list[JobState]:
-        return [self._states[key] for key in self._keys[:count]]
+    def get(self, key: bytes) -> JobState | None:
+        return self._states.get(key)
 
     def state_at(self, index: int) -> JobState | None:
         return self._states[self._keys[index]] if index < len(self._keys) else None

@@ -7,40 +7,52 @@ from silo.model.change import Change
 from silo.model.job import Delayed, JobState, JobStatus, Ready
 from silo.storage import codec, keys
 
+QUEUED_BYTES_MAX = 1024  # A larger job is not copied into its queue row.
+
 
 def write_change(change: Change, rows: MutableMapping[bytes, bytes | None]) -> None:
     """Add to `rows` what `change` puts (bytes) and deletes (None).
 
     The row of a job's pending work or of its lease holds a copy of its state,
-    so that a queue can be served, and leases recovered, by one scan.
+    so that a queue can be served, and leases recovered, by one scan. The queue row of a
+    new job has the job along unless it is large: a backlog is served without point reads.
     """
     before, after = change.before, change.after
     subject = change.subject
-    tenant, job_id = subject.tenant, subject.job_id
     if before is not None:
         for key in derived_keys(before):
             rows[key] = None
-    state_row = keys.state_key(tenant, job_id)
+    job_value = None if change.job is None or after is None else codec.encode(change.job)
     if after is None:
-        rows[state_row] = None
-        assert before is not None
-        for number in range(1, before.attempts_ended + 1):
-            rows[keys.attempt_key(tenant, job_id, number)] = None
+        _delete_history(change, rows)
     else:
-        value = codec.encode(after)
-        rows[state_row] = value
-        index_row, *locus = derived_keys(after)
-        rows[index_row] = b""
-        for key in locus:
-            rows[key] = value
+        _write_state(after, job_value, rows)
     if change.job is not None:
-        kept = after is not None
-        rows[keys.job_key(tenant, job_id)] = codec.encode(change.job) if kept else None
+        rows[keys.job_key(subject.tenant, subject.job_id)] = job_value
         for name, text in change.job.metadata:
-            rows[keys.metadata_index_key(tenant, name, text, job_id)] = b"" if kept else None
+            key = keys.metadata_index_key(subject.tenant, name, text, subject.job_id)
+            rows[key] = None if after is None else b""
     if change.attempt is not None:
-        row = keys.attempt_key(tenant, job_id, change.attempt.attempt_number)
+        row = keys.attempt_key(subject.tenant, subject.job_id, change.attempt.attempt_number)
         rows[row] = codec.encode(change.attempt)
+
+
+def _write_state(state: JobState, job_value: bytes | None, rows: MutableMapping[bytes, bytes | None]) -> None:
+    value = codec.encode(state)
+    rows[keys.state_key(state.tenant, state.job_id)] = value
+    index_row, *locus = derived_keys(state)
+    rows[index_row] = b""
+    if job_value is not None and isinstance(state.pending, Ready) and len(job_value) <= QUEUED_BYTES_MAX:
+        value = codec.queued(value, job_value)
+    for key in locus:
+        rows[key] = value
+
+
+def _delete_history(change: Change, rows: MutableMapping[bytes, bytes | None]) -> None:
+    state = change.subject
+    rows[keys.state_key(state.tenant, state.job_id)] = None
+    for number in range(1, state.attempts_ended + 1):
+        rows[keys.attempt_key(state.tenant, state.job_id, number)] = None
 
 
 def derived_keys(state: JobState) -> Iterator[bytes]:

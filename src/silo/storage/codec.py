@@ -4,6 +4,7 @@ Fields are stored by position: new ones come last, with a default, and a stored
 meaning never changes in place. Old records stay readable.
 """
 
+import struct
 from typing import TypeVar, cast
 
 import msgspec
@@ -14,6 +15,8 @@ from silo.model.counts import ShardTotals, TenantCounts
 from silo.model.job import Job, JobState
 
 _VERSION = b"\x01"
+_QUEUED = b"\x02"  # A state and the job it belongs to.
+_LENGTH = struct.Struct(">I")
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders = {
@@ -41,3 +44,24 @@ def decode(kind: type[Record], value: bytes) -> Record:
         return cast(Record, _decoders[kind].decode(memoryview(value)[1:]))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StoreCorrupt("record does not decode", kind=kind.__name__) from error
+
+
+def queued(state: bytes, job: bytes) -> bytes:
+    """The value of a queue row that has the job along; both are encoded records."""
+    return _QUEUED + _LENGTH.pack(len(state)) + state + job
+
+
+def decode_queued(value: bytes) -> tuple[JobState, Job | None]:
+    """The state in a queue row, and the job if it is there too.
+
+    Raises:
+        StoreCorrupt: the bytes are neither a state nor both.
+    """
+    if value[:1] != _QUEUED:
+        return decode(JobState, value), None
+    try:
+        (size,) = _LENGTH.unpack_from(value, 1)
+    except struct.error as error:
+        raise StoreCorrupt("record does not decode", kind="queue row") from error
+    start = 1 + _LENGTH.size
+    return decode(JobState, value[start : start + size]), decode(Job, value[start + size :])

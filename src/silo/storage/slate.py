@@ -199,7 +199,7 @@ class SlateStore:
     async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         self._check_open()
         try:
-            return [await _get(self._database, key) for key in keys]
+            return await _get_many(self._database, keys)
         except slatedb.Error as error:
             raise self._translated(error) from error
 
@@ -450,6 +450,12 @@ async def _get(database: Any, key: bytes) -> bytes | None:
         return await slate_ffi.get(database, key)
     found: bytes | None = await database.get(key)
     return found
+
+
+async def _get_many(database: Any, keys: Sequence[bytes]) -> list[bytes | None]:
+    if slate_ffi.AVAILABLE:
+        return await slate_ffi.get_many(database, keys)
+    return [await database.get(key) for key in keys]
 
 
 async def _next_batch(iterator: Any, count: int) -> list[Row]:

@@ -11,7 +11,7 @@ whether the installed one has the expected shape; if not, `SlateStore` uses the 
 import asyncio
 import ctypes
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any  # The binding is untyped: its objects are Any throughout this module.
 
@@ -36,6 +36,7 @@ _SYMBOLS = (
 _LENGTH = struct.Struct(">i")
 _ROW_TAIL = struct.Struct(">QqB")  # seq, create_ts, and whether an expiry follows.
 _POLL_READY = 0
+_GETS_AT_ONCE = 64
 
 _library: Any = None
 _status: Any = None
@@ -140,7 +141,14 @@ class _Polled:
             return code
         return await future
 
+    def forget(self, ticket: int) -> None:
+        """Nobody waits for this poll any more."""
+        self._waiting.pop(ticket, None)
+        self._codes.pop(ticket, None)
+
     def _continue(self, ticket: int, code: int) -> None:
+        if ticket not in self._waiting:
+            return
         # The code is stored before the waiter is looked up: `wait` does both in the other order.
         self._codes[ticket] = code
         waiting = self._waiting.get(ticket)
@@ -158,35 +166,69 @@ def _resolve(future: "asyncio.Future[int]", code: int) -> None:
 _polled = _Polled() if AVAILABLE else None
 
 
-async def _call(rust_future: int) -> bytes:
-    """Drive a future of the binding that answers with a buffer; the buffer's bytes."""
-    assert _polled is not None
-    try:
-        while True:
-            ticket, code = _polled.poll(rust_future)
-            if code is None:
-                code = await _polled.wait(ticket)
-            if code == _POLL_READY:
-                break
-        buffer = _complete(rust_future, _status_ref)
-        if _status.code:
-            _check()
-        data = ctypes.string_at(buffer.data, buffer.len) if buffer.len else b""
-        _free_buffer(buffer, _status_ref)
-        return data
-    finally:
-        _free_future(rust_future)
+class _Call:
+    """A future of the binding that answers with a buffer. It runs from here on."""
+
+    def __init__(self, rust_future: int) -> None:
+        assert _polled is not None
+        self._future = rust_future
+        self._ticket, self._code = _polled.poll(rust_future)
+
+    async def answer(self) -> bytes:
+        """The bytes of the buffer. Ask once."""
+        assert _polled is not None
+        try:
+            while True:
+                if self._code is None:
+                    self._code = await _polled.wait(self._ticket)
+                if self._code == _POLL_READY:
+                    break
+                self._ticket, self._code = _polled.poll(self._future)
+            buffer = _complete(self._future, _status_ref)
+            if _status.code:
+                _check()
+            data = ctypes.string_at(buffer.data, buffer.len) if buffer.len else b""
+            _free_buffer(buffer, _status_ref)
+            return data
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """Release the future, answered or not."""
+        if self._future:
+            assert _polled is not None
+            _polled.forget(self._ticket)
+            _free_future(self._future)
+            self._future = 0
 
 
 async def get(db: Any, key: bytes) -> bytes | None:
     """The value of `key` in a `Db` of the binding."""
-    data = await _call(_get(_clone_db(db._handle, _status_ref), _buffer(key)))
-    return data[5:] if data[:1] == b"\x01" else None
+    return _value(await _Call(_get(_clone_db(db._handle, _status_ref), _buffer(key))).answer())
+
+
+async def get_many(db: Any, keys: Sequence[bytes]) -> list[bytes | None]:
+    """The values of `keys`: the store looks for several at a time."""
+    values: list[bytes | None] = []
+    for start in range(0, len(keys), _GETS_AT_ONCE):
+        chunk = keys[start : start + _GETS_AT_ONCE]
+        calls = [_Call(_get(_clone_db(db._handle, _status_ref), _buffer(key))) for key in chunk]
+        try:
+            for call in calls:
+                values.append(_value(await call.answer()))
+        finally:
+            for call in calls:
+                call.drop()
+    return values
+
+
+def _value(answer: bytes) -> bytes | None:
+    return answer[5:] if answer[:1] == b"\x01" else None
 
 
 async def next_batch(iterator: Any, count: int) -> list[tuple[bytes, bytes]]:
     """Up to `count` rows of a `DbIterator` of the binding; fewer when it is exhausted."""
-    data = await _call(_next_batch(_clone_iterator(iterator._handle, _status_ref), count))
+    data = await _Call(_next_batch(_clone_iterator(iterator._handle, _status_ref), count)).answer()
     (length,) = _LENGTH.unpack_from(data)
     at = 4
     rows: list[tuple[bytes, bytes]] = []

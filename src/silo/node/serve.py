@@ -12,6 +12,7 @@ import msgspec
 from silo.clock import SystemClock
 from silo.config import Address, Config, parse_address
 from silo.errors import StoreUnavailable
+from silo.node.allocator import bound_allocator
 from silo.node.hosting import HostedNode, host_shards
 from silo.node.layout import Layout, load_layout
 from silo.shard.shard import ShardOptions
@@ -45,6 +46,7 @@ async def serve(config: Config, listen: Listen, *, on_ready: Callable[[Ready], N
         SiloError, OSError: it could not start: the data root is in use or not
             accessible, or the address cannot be bound.
     """
+    bound_allocator()
     await asyncio.to_thread(_check_address, parse_address("server.grpc_addr", config.server.grpc_addr))
     rng = Random()
     database = config.database

@@ -7,6 +7,7 @@ import uvloop
 
 from silo.cli.bench import engine, network
 from silo.cli.bench.measure import machine_facts
+from silo.node.allocator import bound_allocator
 
 Bench = Callable[[int | None], Awaitable[dict[str, object]]]
 
@@ -25,6 +26,7 @@ def run(name: str, *, jobs: int | None = None, as_json: bool = False) -> None:
     Raises:
         KeyError: there is no bench of this name.
     """
+    bound_allocator()
     bench, _ = BENCHES[name]
     figures = uvloop.run(_measured(name, bench, jobs))
     if as_json:

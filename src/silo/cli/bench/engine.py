@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -11,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
 
-from silo.cli.bench.measure import resident_mb
+from silo.cli.bench.measure import resident_mb, role_command
 from silo.clock import SystemClock
 from silo.model.attempt import Success
 from silo.model.job import DEFAULT_TENANT, LeasedTask, NewJob
@@ -130,9 +129,8 @@ async def backlog(jobs: int | None) -> dict[str, object]:
     count = jobs or 2_000_000
     with tempfile.TemporaryDirectory(prefix="silo-bench-") as folder:
         child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "silo.cli.bench.engine", folder, str(count),
-            stdout=asyncio.subprocess.PIPE, limit=1 << 20,
-        )  # fmt: skip
+            *role_command("fill", folder, count), stdout=asyncio.subprocess.PIPE
+        )
         assert child.stdout is not None
         half_mb = float(await child.stdout.readline())
         full_mb = float(await child.stdout.readline())
@@ -158,7 +156,7 @@ async def backlog(jobs: int | None) -> dict[str, object]:
     }
 
 
-async def _fill(folder: Path, count: int) -> None:
+async def fill(folder: Path, count: int) -> None:
     """The child of `backlog`: print resident memory at half and at all, then wait to be killed."""
     async with _open_shard(folder) as shard:
         for _ in range(2):
@@ -166,7 +164,3 @@ async def _fill(folder: Path, count: int) -> None:
             await _lease(shard, "w", 1)
             print(resident_mb(os.getpid()), flush=True)
         await asyncio.Event().wait()
-
-
-if __name__ == "__main__":
-    asyncio.run(_fill(Path(sys.argv[1]), int(sys.argv[2])))

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -29,3 +30,8 @@ def resident_mb(pid: int) -> float:
     """Resident memory of a process in MB, from /proc."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
+
+
+def role_command(role: str, argument: str, count: int) -> tuple[str, ...]:
+    """The command line of a child process that plays a part in a bench."""
+    return (sys.executable, "-m", "silo.cli.bench.roles", role, argument, str(count))

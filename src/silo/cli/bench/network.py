@@ -1,13 +1,12 @@
 """Benches over gRPC with a real server process, our client and our worker."""
 
 import asyncio
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from silo import SiloGRPCClient, SiloWorker, TaskContext
-from silo.cli.bench.measure import percentile
+from silo.cli.bench.measure import percentile, role_command
 from silo.cli.server_process import ServerProcess
 
 _GROUP = "bench"
@@ -60,9 +59,7 @@ async def end_to_end(jobs: int | None) -> dict[str, object]:
         try:
             started = time.perf_counter()
             roles = [
-                await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", "silo.cli.bench.network", role, server.address, str(count)
-                )
+                await asyncio.create_subprocess_exec(*role_command(role, server.address, count))
                 for role in ("produce", "work")
             ]
             codes = [await role.wait() for role in roles]
@@ -80,18 +77,18 @@ async def end_to_end(jobs: int | None) -> dict[str, object]:
     }
 
 
-async def _produce(address: str, count: int) -> None:
+async def produce(address: str, count: int) -> None:
     left = iter(range(count))
     async with SiloGRPCClient(servers=[address]) as client:
 
-        async def produce() -> None:
+        async def enqueue() -> None:
             for _ in left:
                 await client.enqueue(payload=_PAYLOAD, task_group=_GROUP)
 
-        await asyncio.gather(*(produce() for _ in range(_IN_FLIGHT)))
+        await asyncio.gather(*(enqueue() for _ in range(_IN_FLIGHT)))
 
 
-async def _work(address: str, count: int) -> None:
+async def work(address: str, count: int) -> None:
     done = 0
     finished = asyncio.Event()
 
@@ -114,8 +111,3 @@ async def _work(address: str, count: int) -> None:
         ),
     ):
         await finished.wait()
-
-
-if __name__ == "__main__":
-    _role, _address, _count = sys.argv[1:]
-    asyncio.run({"produce": _produce, "work": _work}[_role](_address, int(_count)))

@@ -24,7 +24,6 @@ PORT_MAX = 65535
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _SECRET_NAME = re.compile(r"token|secret|password|credential|key$", re.IGNORECASE)
-_UNPLAIN = re.compile(r"[^ -~]|[\\{^}%`\]\">\[~<#|*?]")  # What an object store rewrites in a path.
 _SHOWN_MAX = 80  # Characters of a wrong value that an error repeats.
 
 Section = TypeVar("Section", bound=msgspec.Struct)
@@ -234,14 +233,7 @@ def _home(env: Mapping[str, str]) -> Path:
 def _local_root(text: str, env: Mapping[str, str]) -> Path:
     """The absolute folder of `text`, where `~/` is the home directory."""
     path = _home(env) / text[2:] if text.startswith("~/") else Path(text)
-    root = path.absolute()
-    odd = _UNPLAIN.search(str(root))
-    if odd is not None:
-        raise ConfigError(
-            f"the data directory {_shown('database.path', str(root))} has {odd[0]!r} in its name; "
-            "choose one of plain characters with --data or database.path"
-        )
-    return root
+    return path.absolute()
 
 
 def _suggest(name: str, known: Mapping[str, object], *, prefix: str = "") -> str:

@@ -56,7 +56,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
         case "slate in memory":
             return SlateStorage("memory://contract")
         case "slate on files":
-            return SlateStorage(str(tmp_path / "data"))
+            return SlateStorage(str(tmp_path / "dätä #1"))
         case _:
             request.getfixturevalue("s3")
             return SlateStorage(f"s3://silo/contract/{next(_names)}")

@@ -164,12 +164,6 @@ def test_a_relative_path_starts_where_the_server_does(
     assert load(tmp_path, "[database]\npath = 'data/%shard%'").database.root == f"{tmp_path}/data"
 
 
-@pytest.mark.parametrize("sign", ["ü", "~", "#", "%", "?", "*", "[", "\t"])
-def test_a_local_path_the_store_would_rewrite_is_refused(tmp_path: Path, sign: str) -> None:
-    message = refusal(tmp_path, f"[database]\npath = '/data{sign}a/%shard%'")
-    assert f"has {sign!r} in its name" in message
-
-
 def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     assert load(tmp_path, "\ufeff[tenancy]\nenabled = true").tenancy.enabled
 

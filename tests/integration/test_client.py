@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -447,6 +448,17 @@ async def test_a_cluster_that_went_away_is_reported_with_the_last_failure() -> N
         await server.stop()
         with pytest.raises(ClusterUnreachable, match=f"{UNREACHABLE}: UNAVAILABLE"):
             await enqueue(client)
+
+
+async def test_a_call_goes_on_as_soon_as_its_server_is_back() -> None:
+    async with AsyncExitStack() as stack:
+        async with real_silo() as address:
+            client = await stack.enter_async_context(a_client(address, shard_routing=PATIENT))
+            await enqueue(client)
+        waiting = asyncio.ensure_future(enqueue(client))
+        assert not (await asyncio.wait({waiting}, timeout=0.5))[0]
+        async with real_silo(address), asyncio.timeout(30):  # Half of its pause.
+            await waiting
 
 
 async def test_a_shard_without_an_owner_is_not_found() -> None:

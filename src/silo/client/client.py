@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, cast  # Payloads are the application's; the grpc stub is untyped.
 
@@ -429,11 +428,24 @@ class SiloGRPCClient:
                 failure = error
                 if not left or not error.may_recover:
                     raise
-            await call.pause(delay_ms / 1000)
+            await self._pause(call, delay_ms / 1000)
             if call.gives_up:
                 raise failure
             delay_ms = min(2 * delay_ms, _DELAY_MS_MAX)
         raise AssertionError("the last try returns or raises")
+
+    async def _pause(self, call: "_Call", seconds: float) -> None:
+        """Wait before the next try: less when its server comes back, or when nobody wants it any more."""
+        sooner: list[asyncio.Task[Any]] = []
+        sooner.append(asyncio.ensure_future(self._connections.reconnected(self._address_for(call))))
+        if call.give_up is not None:
+            sooner.append(asyncio.ensure_future(call.give_up.wait()))
+        try:
+            await asyncio.wait(sooner, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in sooner:
+                task.cancel()
+                task.add_done_callback(_note_exception)
 
     async def _try_to_refresh(self) -> ClusterUnreachable | None:
         try:
@@ -550,15 +562,6 @@ class _Call:
     def gives_up(self) -> bool:
         return self.give_up is not None and self.give_up.is_set()
 
-    async def pause(self, seconds: float) -> None:
-        """Wait before the next try, but no longer than it is wanted."""
-        if self.give_up is None:
-            await asyncio.sleep(seconds)
-            return
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.give_up.wait()
-
     def error_from(self, error: grpc.aio.AioRpcError) -> SiloClientError:
         mapped = from_status(
             error, job_id=self.job_id, task_id=self.task_id, tenant=self.tenant, is_enqueue=self.is_enqueue
@@ -596,6 +599,6 @@ def _is_being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def _note_exception(task: asyncio.Task[None]) -> None:
+def _note_exception(task: asyncio.Task[Any]) -> None:
     if not task.cancelled():
         task.exception()  # Every caller that still waits gets it; none may be left.

@@ -92,6 +92,18 @@ class Connections:
             connection.calls -= 1
             self._close_if_done(connection)
 
+    async def reconnected(self, address: str) -> None:
+        """Return when a channel that had lost its server has it again; for any other, never."""
+        connection = self._open.get(address)
+        if connection is not None and connection.channel.get_state() is not grpc.ChannelConnectivity.READY:
+            with self.use(address):
+                state = connection.channel.get_state(try_to_connect=True)
+                while state is not grpc.ChannelConnectivity.READY:
+                    await connection.channel.wait_for_state_change(state)
+                    state = connection.channel.get_state(try_to_connect=True)
+            return
+        await asyncio.get_running_loop().create_future()
+
     def any_address(self) -> str | None:
         """The next address in turn."""
         known = self.addresses()

@@ -91,7 +91,8 @@ class WindowMachine(RuleBasedStateMachine):
     @rule()
     def finish_refill(self) -> None:
         assert self.found is not None
-        self.window.finish_refill(self.found, is_exhausted=self.is_exhausted)
+        read_to = None if self.is_exhausted else self.found[-1][0]
+        self.window.finish_refill(self.found, read_to=read_to)
         self.read_at = self.found = None
         assert not self.window.is_refilling
 
@@ -131,14 +132,14 @@ TestWindow.settings = settings(max_examples=150, stateful_step_count=40, deadlin
 def test_a_refill_that_a_trim_has_overtaken_is_void() -> None:
     window = Window(b"k")
     window.begin_refill({})
-    window.finish_refill([(b"k20", _state(b"k20", 0))], is_exhausted=False)
+    window.finish_refill([(b"k20", _state(b"k20", 0))], read_to=b"k20")
     window.begin_refill({})
     for number in range(2 * _LIMIT):
         key = b"k%02d" % number
         window.insert(key, _state(key, 1), limit=_LIMIT)
     bound = window.bound
 
-    window.finish_refill([(b"k25", _state(b"k25", 0))], is_exhausted=True)
+    window.finish_refill([(b"k25", _state(b"k25", 0))], read_to=None)
 
     assert window.bound == bound == b"k04"
     assert b"k25" not in window

@@ -5,8 +5,9 @@ cancels only its own wait.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
+from silo.errors import StoreCorrupt
 from silo.model.job import Job, JobState
 from silo.shard.committer import Committer
 from silo.shard.dispatch import TaskGroupQueue
@@ -15,7 +16,10 @@ from silo.shard.views import Counters, JobCache
 from silo.shard.window import Window
 from silo.storage import codec, keys
 from silo.storage.batch import pending_key
-from silo.storage.store import Store
+from silo.storage.store import Row, Store
+from silo.telemetry.logging import Log
+
+log = Log("silo.shard.feeder")
 
 _LOOKAHEAD_JOBS = 256
 _LOOKAHEAD_BYTES = 16 << 20
@@ -117,9 +121,10 @@ class Feeder:
         except BaseException:
             window.abandon_refill()
             raise
-        rows = [(key, *codec.decode_queued(value)) for key, value in stored]
+        rows = list(_decodable(stored))
         window.finish_refill(
-            [(key, state) for key, state, _ in rows], is_exhausted=len(stored) < _REFILL_ROWS
+            [(key, state) for key, state, _ in rows],
+            read_to=None if len(stored) < _REFILL_ROWS else stored[-1][0],
         )
         # Last to first: what runs next is the newest in the cache, so no other pushes it out.
         for key, state, job in reversed(rows):
@@ -146,18 +151,16 @@ class Feeder:
         found = list(zip(missing, await self._committer.read(rows), strict=True))
         # Last to first: what runs next is the newest in the cache, so no other pushes it out.
         for state, value in reversed(found):
-            if value is not None:
-                self._jobs.put(codec.decode(Job, value))
+            try:
+                job = None if value is None else codec.decode(Job, value)
+            except StoreCorrupt as error:
+                job = None
+                log.error("job passed over: it does not decode", job_id=state.job_id, reason=str(error))
+            if job is not None:
+                self._jobs.put(job)
             else:
-                self._discard(queue, state)
-
-    def _discard(self, queue: TaskGroupQueue, state: JobState) -> None:
-        """A queue row without a job must not hold up the work behind it."""
-        key = pending_key(state)
-        window = queue.window(state.tenant)
-        if window is not None and key in window:
-            self._committer.rows[key] = None
-            queue.remove(key, state.tenant)
+                # Work that cannot run must not hold up the work behind it. Its rows stay as they are.
+                queue.remove(pending_key(state), state.tenant)
 
     async def _find_tenants(self, queue: TaskGroupQueue) -> None:
         """Advance the cursor over at most a page of tenants that have rows."""
@@ -193,6 +196,15 @@ class Feeder:
     def _outstanding_tenants(self, queue: TaskGroupQueue) -> set[str]:
         rows = self._committer.outstanding(queue.prefix, queue.end)
         return {keys.read_text(key, len(queue.prefix))[0] for key, value in rows.items() if value is not None}
+
+
+def _decodable(stored: Iterable[Row]) -> Iterator[tuple[bytes, JobState, Job | None]]:
+    """What the rows hold. One that does not decode is passed over: it must not hold up the others."""
+    for key, value in stored:
+        try:
+            yield key, *codec.decode_queued(value)
+        except StoreCorrupt as error:
+            log.error("row passed over: it does not decode", key=key.hex(), reason=str(error))
 
 
 def _state(value: bytes | None) -> JobState | None:

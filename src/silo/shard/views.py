@@ -3,10 +3,14 @@
 import heapq
 from collections.abc import Iterable
 
+from silo.errors import StoreCorrupt
 from silo.model.counts import ShardTotals, TenantCounts
 from silo.model.job import Job, JobState, JobStatus
 from silo.shard.committer import Rows
 from silo.storage import codec, keys
+from silo.telemetry.logging import Log
+
+log = Log("silo.shard.views")
 
 TENANT_COUNTS_MAX = 100_000
 JOB_CACHE_BYTES_MAX = 64 << 20
@@ -167,8 +171,12 @@ class JobCache:
 def leases_from(rows: Iterable[tuple[bytes, bytes]], *, grace_until_ms: int) -> Leases:
     """The leases that stood when the shard was last open, each valid at least until `grace_until_ms`."""
     leases = Leases()
-    for _, value in rows:
-        state = codec.decode(JobState, value)
+    for key, value in rows:
+        try:
+            state = codec.decode(JobState, value)
+        except StoreCorrupt as error:  # One damaged row must not keep the shard closed.
+            log.error("lease passed over: it does not decode", key=key.hex(), reason=str(error))
+            continue
         assert state.lease is not None, "a lease row holds a leased state"
         leases.put(state, max(state.lease.expiry_ms, grace_until_ms))
     return leases

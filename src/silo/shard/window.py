@@ -94,13 +94,16 @@ class Window:
         self._journal = dict(outstanding)
         return self.bound
 
-    def finish_refill(self, rows: list[tuple[bytes, JobState]], *, is_exhausted: bool) -> None:
-        """Take in what the store showed from `bound` on, corrected by what was written since."""
+    def finish_refill(self, rows: list[tuple[bytes, JobState]], *, read_to: bytes | None) -> None:
+        """Take in what the store showed from `bound` on, corrected by what was written since.
+
+        `read_to`: the last key that was read; None when the range was read to its end.
+        """
         if self._journal is None:
             return
         journal, self._journal = self._journal, None
         found = dict(rows)
-        bound = None if is_exhausted else rows[-1][0] + b"\0"
+        bound = None if read_to is None else read_to + b"\0"
         for key, state in journal.items():
             if bound is not None and key >= bound:
                 continue

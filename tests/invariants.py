@@ -75,20 +75,38 @@ def _check_attempts(stored: Stored) -> None:
     state, attempts = stored.state, stored.attempts
     assert [attempt.attempt_number for attempt in attempts] == list(range(1, state.attempts_ended + 1))
     budget = (state.retry_policy.retry_count if state.retry_policy else 0) + 1
+    unbounded = _unbounded_attempts(attempts)
     previous = 0
     for attempt in attempts:
         assert attempt.status is not AttemptStatus.RUNNING
         assert attempt.finished_at_ms is not None
-        assert attempt.relative_attempt_number in (previous + 1, 1)
-        previous = attempt.relative_attempt_number
-        assert previous <= budget
-    assert state.relative_attempt_number <= min(budget, state.next_attempt_number)
+        relative = attempt.relative_attempt_number
+        assert relative in (previous + 1, 1) or (_is_imported(attempt) and relative == attempt.attempt_number)
+        assert relative <= budget or attempt.attempt_number <= unbounded
+        previous = relative
+    assert state.relative_attempt_number <= state.next_attempt_number
+    assert state.relative_attempt_number <= budget or state.attempts_ended <= unbounded
     successes = [attempt for attempt in attempts if attempt.status is AttemptStatus.SUCCEEDED]
     assert len(successes) == (state.status is JobStatus.SUCCEEDED), "a job succeeds once, or has not"
     if state.status is JobStatus.SUCCEEDED:
         assert attempts[-1] is successes[0]
     if state.status is JobStatus.FAILED:
         assert attempts[-1].status is AttemptStatus.FAILED
+
+
+def _unbounded_attempts(attempts: list[Attempt]) -> int:
+    """How many attempts, from the first one, need not be within the budget.
+
+    Those before an import and the imported ones ran under other policies. The one after them has the
+    next number, but only failures count when an import asks whether there is one: it may exceed too.
+    """
+    last = max((attempt.attempt_number for attempt in attempts if _is_imported(attempt)), default=0)
+    return last + 1 if last else 0
+
+
+def _is_imported(attempt: Attempt) -> bool:
+    """Nobody here worked on it, and restarts do not count for its relative number."""
+    return not attempt.worker_id and attempt.relative_attempt_number == attempt.attempt_number
 
 
 def _check_task_ids(jobs: Mapping[Name, Stored]) -> None:

@@ -26,11 +26,23 @@ from silo.client.errors import (
 )
 from silo.client.handle import JobHandle
 from silo.client.outcome import Cancelled, Failure, Success
-from silo.client.types import Job, JobAttempt, JobResult, JobStatus, RetryPolicy, ShardRouting
+from silo.client.types import (
+    Job,
+    JobAttempt,
+    JobResult,
+    JobStatus,
+    LeasedTask,
+    LeasedTasks,
+    RefreshTask,
+    RetryPolicy,
+    ShardRouting,
+)
 from silo.model.shards import hash_tenant
 from silo.wire.payload import PayloadError
 from silo.worker.context import Task, TaskContext
-from silo.worker.worker import ErrorContext, SiloWorker, WorkerMetrics
+from silo.worker.errors import ErrorContext
+from silo.worker.refresh import RefreshTaskContext
+from silo.worker.worker import SiloWorker, WorkerMetrics
 
 __all__ = [
     "Cancelled",
@@ -48,7 +60,11 @@ __all__ = [
     "JobResult",
     "JobStatus",
     "JobTimeoutError",
+    "LeasedTask",
+    "LeasedTasks",
     "PayloadError",
+    "RefreshTask",
+    "RefreshTaskContext",
     "RetryPolicy",
     "ShardRouting",
     "SiloAlreadyExistsError",

@@ -11,16 +11,19 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
 
 from silo.errors import ConfigError
+from silo.model.job import DEFAULT_TENANT
 from silo.storage.durability import Durability
 
 SHARD_PLACEHOLDERS = ("%shard%", "{shard}")
 PORT_MAX = 65535
+TOKEN_CHARS_MIN = 16
+TOKEN_CHARS_MAX = 4096  # More does not fit into the headers of a call.
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _SECRET_NAME = re.compile(r"token|secret|password|credential|key$", re.IGNORECASE)
@@ -29,9 +32,50 @@ _SHOWN_MAX = 80  # Characters of a wrong value that an error repeats.
 Section = TypeVar("Section", bound=msgspec.Struct)
 
 
+class Secret:
+    """A text that shows up nowhere by accident: not in logs, not in errors, not in a `repr`."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return "(hidden)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     grpc_addr: str = "127.0.0.1:7450"
     dev_mode: bool = False  # Allows ResetShards, which deletes everything.
+    auth_token: Secret | None = None  # A token with scope `admin`.
+    max_connections: Annotated[int, Meta(ge=1, le=1_000_000)] = 10_000
+    max_streams_per_connection: Annotated[int, Meta(ge=1, le=1_000_000)] = 10_000
+
+
+class AuthToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    token: Secret
+    scopes: tuple[str, ...]
+
+
+class AuthConfig(msgspec.Struct, frozen=True, kw_only=True):
+    tokens: tuple[AuthToken, ...] | None = None
+
+
+class TlsConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Paths of PEM files. Without a certificate the server speaks plaintext."""
+
+    cert_path: str | None = None
+    key_path: str | None = None
+    client_ca_path: str | None = None  # Clients must show a certificate of this authority.
 
 
 class CoordinationConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +86,7 @@ class CoordinationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 class TenancyConfig(msgspec.Struct, frozen=True, kw_only=True):
     enabled: bool = False
+    max_pending_jobs: Annotated[int, Meta(ge=1, le=1_000_000_000_000)] | None = None  # Of each tenant.
 
 
 class LoggingConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +122,8 @@ class DispatchConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     server: ServerConfig = ServerConfig()
+    auth: AuthConfig = AuthConfig()
+    tls: TlsConfig = TlsConfig()
     coordination: CoordinationConfig = CoordinationConfig()
     tenancy: TenancyConfig = TenancyConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -119,6 +166,8 @@ def load_config(
         parse_address("coordination.advertised_grpc_addr", coordination.advertised_grpc_addr)
     if coordination.node_id is not None and not coordination.node_id.strip():
         raise ConfigError("coordination.node_id is empty; leave it out or give the node a name")
+    _check_auth(config)
+    _check_tls(config.tls)
     try:
         json.dumps(config.database.slatedb)
     except (TypeError, ValueError) as error:
@@ -158,6 +207,82 @@ def parse_address(key: str, text: str) -> Address:
     return Address(bare, int(port))
 
 
+def split_scope(scope: str) -> tuple[Literal["admin", "tenant", "worker"], str]:
+    """The kind of a scope, and the tenant or task group it names; `admin` names none.
+
+    Raises:
+        ValueError: it is no scope.
+    """
+    kind, colon, name = scope.partition(":")
+    if scope == "admin":
+        return "admin", ""
+    if colon and name.strip():
+        if kind == "tenant":
+            return "tenant", name
+        if kind == "worker":
+            return "worker", name
+    raise ValueError("write 'admin', 'tenant:<id>' or 'worker:<task group>'")
+
+
+def _check_auth(config: Config) -> None:
+    """A token that is not there by mistake must not read as "no authentication"."""
+    seen: dict[Secret, str] = {}
+
+    def check(key: str, token: Secret) -> None:
+        text = token.reveal()
+        if not text.strip():
+            raise ConfigError(
+                f"{key} is empty, which is not the same as no authentication; is its variable set? "
+                "Leave the key out to run without"
+            )
+        if not (text.isascii() and text.isprintable()) or " " in text:
+            raise ConfigError(f"{key} has spaces or signs beyond ASCII in it, which do not fit into a header")
+        if not TOKEN_CHARS_MIN <= len(text) <= TOKEN_CHARS_MAX:
+            raise ConfigError(
+                f"{key} is too {'short' if len(text) < TOKEN_CHARS_MIN else 'long'}; "
+                f"take {TOKEN_CHARS_MIN} to {TOKEN_CHARS_MAX} random characters, as of: openssl rand -hex 32"
+            )
+        if token in seen:
+            raise ConfigError(f"{key} is the same token as {seen[token]}; give each token once")
+        seen[token] = key
+
+    if config.server.auth_token is not None:
+        check("server.auth_token", config.server.auth_token)
+    if config.auth.tokens == ():
+        raise ConfigError("auth.tokens is empty; leave it out, or list a token with its scopes")
+    for number, entry in enumerate(config.auth.tokens or ()):
+        key = f"auth.tokens[{number}]"
+        check(f"{key}.token", entry.token)
+        if not entry.scopes:
+            raise ConfigError(f"{key}.scopes is empty, so the token could do nothing; name a scope")
+        for place, scope in enumerate(entry.scopes):
+            _check_scope(f"{key}.scopes[{place}]", scope, tenancy=config.tenancy.enabled)
+
+
+def _check_scope(key: str, scope: str, *, tenancy: bool) -> None:
+    try:
+        kind, name = split_scope(scope)
+    except ValueError as error:
+        raise ConfigError(f"{key} is no scope; {error}") from error
+    if kind == "tenant" and not tenancy and name != DEFAULT_TENANT:
+        raise ConfigError(
+            f"{key} names a tenant, but tenancy is off; "
+            f"set tenancy.enabled, or write 'tenant:{DEFAULT_TENANT}', which then is every job's"
+        )
+
+
+def _check_tls(tls: TlsConfig) -> None:
+    for field in msgspec.structs.fields(TlsConfig):
+        path = getattr(tls, field.name)
+        if path is not None and not path.strip():
+            raise ConfigError(f"tls.{field.name} is empty; leave it out or name a file")
+    if (tls.cert_path is None) != (tls.key_path is None):
+        missing, given = ("key_path", "cert_path") if tls.key_path is None else ("cert_path", "key_path")
+        raise ConfigError(f"tls.{missing} is missing; tls.{given} needs it")
+    if tls.client_ca_path is not None and tls.cert_path is None:
+        raise ConfigError("tls.cert_path is missing; tls.client_ca_path needs it, and tls.key_path")
+
+
 def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= sign <= "\udfff" for sign in text)
 
@@ -186,13 +311,19 @@ def _read_section(name: str, type_: type[Section], table: object) -> Section:
         if key not in fields:
             raise ConfigError(f"unknown key {name}.{key}{_suggest(key, fields, prefix=name + '.')}")
         try:
-            values[key] = msgspec.convert(value, fields[key])
+            values[key] = msgspec.convert(value, fields[key], dec_hook=_decode)
         except msgspec.ValidationError as error:
             full = f"{name}.{key}"
             raise ConfigError(
                 f"{full} = {_shown(full, value)} is wrong; {_fix(fields[key], value)}"
             ) from error
     return type_(**values)
+
+
+def _decode(type_: type, value: object) -> object:
+    if type_ is Secret and isinstance(value, str):
+        return Secret(value)
+    raise TypeError(f"no {type_.__name__}")  # Says nothing of the value, which may be the secret.
 
 
 def _with_path(database: DatabaseConfig, env: Mapping[str, str]) -> DatabaseConfig:
@@ -255,6 +386,10 @@ def _shown(key: str, value: object) -> str:
 
 def _fix(type_: Any, value: object) -> str:  # A type as an annotation has it: there is no narrower word.
     arguments = get_args(type_)
+    if type(None) in arguments:
+        return _fix(arguments[0], value)
+    if get_origin(type_) is tuple:
+        return "write each as a table of its own: [[auth.tokens]] with a token in quotes and a list of scopes"
     if type_ is bool:
         return "write true or false, without quotes"
     if type_ is Durability:
@@ -266,6 +401,6 @@ def _fix(type_: Any, value: object) -> str:  # A type as an annotation has it: t
     bounds = next((m for m in getattr(type_, "__metadata__", ()) if isinstance(m, Meta)), None)
     if bounds is not None:
         return f"write a whole number from {bounds.ge} to {bounds.le}, without quotes"
-    if type_ is str or type(None) in arguments:
+    if type_ in (str, Secret):
         return "write text in quotes"
     return "write it as a table"

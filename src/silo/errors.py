@@ -15,6 +15,7 @@ class ErrorKind(enum.Enum):
     UNSUPPORTED = "unsupported"  # this server cannot do it
     EXHAUSTED = "exhausted"  # too much at once: back off
     UNAVAILABLE = "unavailable"  # try again
+    UNAUTHENTICATED = "unauthenticated"  # we do not know the caller: bring a token
     DENIED = "denied"  # not allowed here
     DATA = "data"  # stored bytes do not decode: a person must look
     INTERNAL = "internal"
@@ -91,6 +92,12 @@ class ShardClosed(SiloError):
 
 class Overloaded(SiloError):
     """A bound was reached. Back off and try again."""
+
+    kind = ErrorKind.EXHAUSTED
+
+
+class QuotaReached(SiloError):
+    """The tenant has as much as it may have. Nothing was changed; try again when it has less."""
 
     kind = ErrorKind.EXHAUSTED
 

@@ -259,6 +259,8 @@ _CALLS: dict[str, Callable[[Store], Awaitable[object]]] = {
     "write": lambda store: store.write({b"a": b"2"}),
     "an empty write": lambda store: store.write({}),
     "flush": lambda store: store.flush(),
+    "compact": lambda store: store.compact(),
+    "storage_info": lambda store: store.storage_info(),
 }
 
 
@@ -291,6 +293,34 @@ async def test_destroy_forgets_everything(storage: Storage) -> None:
     assert await _all(other) == [(b"other", b"kept")]
     await store.close()
     await other.close()
+
+
+async def test_a_compaction_changes_no_row_and_may_be_asked_for_again(store: Store) -> None:
+    await store.compact()  # Of nothing.
+    await store.write(_numbered(10))
+    await store.flush()
+    await store.write({b"k000000": None, b"later": b"1"})
+    rows = await _all(store)
+
+    await asyncio.gather(store.compact(), store.compact())
+    await store.compact()
+
+    assert await _all(store) == rows
+    await store.write({b"after": b"1"})
+    assert await store.get(b"after") == b"1"
+
+
+async def test_storage_info_counts_what_a_flush_has_put_into_tables(store: Store) -> None:
+    empty = await store.storage_info()
+    assert (empty.level0_tables, empty.level0_bytes, empty.sorted_runs) == (0, 0, ())
+
+    await store.write(_numbered(1000))
+    await store.flush()
+
+    info = await store.storage_info()
+    assert info.level0_tables + sum(run.tables for run in info.sorted_runs) >= 1
+    assert info.level0_bytes + sum(run.bytes for run in info.sorted_runs) >= 1000
+    assert [run.id for run in info.sorted_runs] == sorted({run.id for run in info.sorted_runs}, reverse=True)
 
 
 async def test_concurrent_writes_take_effect_in_the_order_of_the_calls(store: Store) -> None:

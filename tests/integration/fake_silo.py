@@ -62,7 +62,9 @@ class FakeSilo:
     received: list[Received] = field(default_factory=list)
     shards: list[tuple[str, str, str, str | None]] = field(default_factory=lambda: [(SHARD, "", "", None)])
     tasks: deque[pb.Task] = field(default_factory=deque)
+    refresh_tasks: deque[pb.RefreshFloatingLimitTask] = field(default_factory=deque)
     outcomes: dict[str, pb.ReportOutcomeRequest] = field(default_factory=dict)
+    refresh_outcomes: dict[str, pb.ReportRefreshOutcomeRequest] = field(default_factory=dict)
     cancelled: set[str] = field(default_factory=set)  # Tasks whose heartbeats say so.
     in_flight: int = 0
     _answers: dict[str, deque[Answer]] = field(default_factory=lambda: defaultdict(deque))
@@ -88,9 +90,10 @@ class FakeSilo:
     def metadata(self, method: str) -> list[Mapping[str, str]]:
         return [call.metadata for call in self.received if call.method == method]
 
-    def deliver(self, *tasks: pb.Task) -> None:
-        """Have these tasks ready for whoever polls."""
-        self.tasks.extend(tasks)
+    def deliver(self, *tasks: pb.Task | pb.RefreshFloatingLimitTask) -> None:
+        """Have these tasks, of either kind, ready for whoever polls."""
+        self.tasks.extend(task for task in tasks if isinstance(task, pb.Task))
+        self.refresh_tasks.extend(task for task in tasks if not isinstance(task, pb.Task))
         self._delivered.set()
 
     async def stop(self) -> None:
@@ -113,17 +116,23 @@ class FakeSilo:
         )
 
     async def _lease_tasks(self, request: Any) -> pb.LeaseTasksResponse:
-        if not self.tasks:
+        if not self.tasks and not self.refresh_tasks:
             self._delivered.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(_WAIT_S_MAX):
                     await self._delivered.wait()
         taken = [self.tasks.popleft() for _ in range(min(request.max_tasks, len(self.tasks)))]
-        return pb.LeaseTasksResponse(tasks=taken)
+        room = request.max_tasks - len(taken)
+        refreshes = [self.refresh_tasks.popleft() for _ in range(min(room, len(self.refresh_tasks)))]
+        return pb.LeaseTasksResponse(tasks=taken, refresh_tasks=refreshes)
 
     def _report_outcome(self, request: Any) -> pb.ReportOutcomeResponse:
         self.outcomes[request.task_id] = request
         return pb.ReportOutcomeResponse()
+
+    def _report_refresh_outcome(self, request: Any) -> pb.ReportRefreshOutcomeResponse:
+        self.refresh_outcomes[request.task_id] = request
+        return pb.ReportRefreshOutcomeResponse()
 
     def _heartbeat(self, request: Any) -> pb.HeartbeatResponse:
         is_cancelled = request.task_id in self.cancelled
@@ -137,6 +146,8 @@ class FakeSilo:
                 return await self._lease_tasks(request)
             case "ReportOutcome":
                 return self._report_outcome(request)
+            case "ReportRefreshOutcome":
+                return self._report_refresh_outcome(request)
             case "Heartbeat":
                 return self._heartbeat(request)
             case "Enqueue":
@@ -210,6 +221,12 @@ def a_task(id: str = "t", *, payload: Any = "payload", **fields: Any) -> pb.Task
     given = {"job_id": f"job-{id}", "shard": SHARD, "task_group": GROUP, "attempt_number": 1} | fields
     packed = payload if isinstance(payload, pb.SerializedBytes) else value(payload)
     return pb.Task(id=id, payload=packed, lease_ms=10_000, **given)
+
+
+def a_refresh_task(id: str = "r", **fields: Any) -> pb.RefreshFloatingLimitTask:
+    """A refresh task as a server would send it."""
+    given = {"queue_key": "q", "current_max_concurrency": 5, "shard": SHARD, "task_group": GROUP} | fields
+    return pb.RefreshFloatingLimitTask(id=id, lease_ms=10_000, **given)
 
 
 def value(plain: Any) -> pb.SerializedBytes:

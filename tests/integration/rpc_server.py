@@ -13,7 +13,7 @@ from silo.clock import VirtualClock
 from silo.model.shards import ShardInfo, initial_ranges
 from silo.node.hosting import HostedNode, host_shards
 from silo.node.layout import LAYOUT_VERSION, Layout
-from silo.rpc.server import MESSAGE_BYTES_MAX, listen
+from silo.rpc.server import MESSAGE_BYTES_MAX, OPEN, Security, listen
 from silo.shard.shard import ShardOptions
 from silo.storage.memory import MemoryStorage
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
@@ -116,7 +116,12 @@ class RpcServer:
 
 @asynccontextmanager
 async def rpc_server(
-    *, shards: int = 1, tenancy: bool = False, dev_mode: bool = False
+    *,
+    shards: int = 1,
+    tenancy: bool = False,
+    dev_mode: bool = False,
+    security: Security = OPEN,
+    options: ShardOptions | None = None,
 ) -> AsyncIterator[RpcServer]:
     """A server with one client connection; both are closed at the end."""
     infos = tuple(
@@ -133,9 +138,9 @@ async def rpc_server(
             storage=storage,
             clock=clock,
             rng=Random(7),
-            options=ShardOptions(),
+            options=options or ShardOptions(),
         ) as node,
-        listen("127.0.0.1:0", node) as address,
+        listen("127.0.0.1:0", node, security=security) as address,
         grpc.aio.insecure_channel(address, options=_CHANNEL) as channel,
     ):
         yield RpcServer(

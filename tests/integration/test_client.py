@@ -37,6 +37,7 @@ from tests.integration.fake_silo import (
     SHARD,
     Status,
     a_client,
+    a_refresh_task,
     a_task,
     fake_silo,
     nobody,
@@ -183,13 +184,35 @@ async def test_a_dataclass_is_sent_as_a_map() -> None:
 async def test_a_lease_call_names_a_shard_only_if_one_is_given() -> None:
     async with fake_silo() as server, a_client(server) as client:
         server.deliver(a_task("t1"))
-        [task] = await client.lease_tasks(worker_id="w", max_tasks=3, task_group=GROUP, wait_ms=20)
+        leased = await client.lease_tasks(worker_id="w", max_tasks=3, task_group=GROUP, wait_ms=20)
         await client.lease_tasks(worker_id="w", max_tasks=3, task_group=GROUP, shard=SHARD)
         anywhere, one_shard = server.calls("LeaseTasks")
+        [task] = leased.tasks
         assert (task.id, task.job_id, task.tenant_id) == ("t1", "job-t1", None)
+        assert leased.refresh_tasks == ()
         assert not anywhere.HasField("shard")
         assert one_shard.shard == SHARD
         assert [metadata.get("silo-wait-ms") for metadata in server.metadata("LeaseTasks")] == ["20", None]
+
+
+async def test_refresh_tasks_are_leased_with_all_that_is_known_of_their_limit() -> None:
+    async with fake_silo() as server, a_client(server) as client:
+        limit = {"metadata": {"api": "mail"}, "last_refreshed_at_ms": 7, "current_max_concurrency": 5}
+        server.deliver(a_refresh_task("r1", queue_key="mails", tenant_id="acme", **limit))
+        server.deliver(a_refresh_task("r2"))
+        leased = await client.lease_tasks(worker_id="w", max_tasks=3, task_group=GROUP)
+        given, plain = leased.refresh_tasks
+        assert leased.tasks == ()
+        assert given == silo.RefreshTask(
+            id="r1",
+            queue_key="mails",
+            lease_ms=10_000,
+            shard=SHARD,
+            task_group=GROUP,
+            tenant="acme",
+            **limit,
+        )
+        assert (plain.tenant, plain.last_refreshed_at_ms, plain.metadata) == (None, 0, {})
 
 
 async def test_a_server_index_goes_round_the_servers() -> None:
@@ -208,6 +231,51 @@ async def test_a_failure_without_data_reports_data_all_the_same() -> None:
         without, raw = server.calls("ReportOutcome")
         assert (without.failure.code, without.failure.data.msgpack) == ("NO", b"\xc0")
         assert raw.failure.data.msgpack == b"\xa1x"
+
+
+async def test_a_refresh_report_has_a_new_maximum_or_a_failure() -> None:
+    async with fake_silo() as server, a_client(server) as client:
+        for maximum in (0, 2**32 - 1):
+            await client.report_refresh_outcome(task_id="r", shard=SHARD, new_max_concurrency=maximum)
+        await client.report_refresh_outcome(
+            task_id="s", shard=SHARD, failure_code="DOWN", failure_message="no answer", tenant="acme"
+        )
+        none, most, failed = server.calls("ReportRefreshOutcome")
+        assert (none.task_id, none.shard, none.HasField("tenant_id")) == ("r", SHARD, False)
+        assert none.WhichOneof("outcome") == "success"
+        assert (none.success.new_max_concurrency, most.success.new_max_concurrency) == (0, 2**32 - 1)
+        assert (failed.task_id, failed.tenant_id) == ("s", "acme")
+        assert failed.failure == pb.RefreshFailure(code="DOWN", message="no answer")
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        {},
+        {"failure_code": "X"},
+        {"failure_message": "why"},
+        {"new_max_concurrency": 1, "failure_code": "X", "failure_message": "why"},
+        {"new_max_concurrency": 1, "failure_message": "why"},
+        {"new_max_concurrency": -1},
+        {"new_max_concurrency": 2**32},
+        {"new_max_concurrency": 1.0},
+        {"new_max_concurrency": True},
+    ],
+    ids=str,
+)
+async def test_a_refresh_report_that_says_nothing_clear_is_not_sent(outcome: dict[str, Any]) -> None:
+    async with fake_silo() as server, a_client(server) as client:
+        with pytest.raises(ValueError, match="max_concurrency"):
+            await client.report_refresh_outcome(task_id="r", shard=SHARD, **outcome)
+        assert server.received == []
+
+
+async def test_a_refresh_report_without_a_lease_is_a_task_not_found() -> None:
+    async with fake_silo() as server, a_client(server) as client:
+        server.answer("ReportRefreshOutcome", not_found("lease not found"))
+        with pytest.raises(TaskNotFoundError) as raised:
+            await client.report_refresh_outcome(task_id="r", shard=SHARD, new_max_concurrency=1)
+        assert (raised.value.task_id, raised.value.grpc_message) == ("r", "lease not found")
 
 
 # Errors
@@ -631,7 +699,7 @@ async def test_a_wait_for_work_may_take_longer_than_other_calls() -> None:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(asyncio.shield(waiting), 0.3)
         held.release.set()
-        assert [task.id for task in await waiting] == ["t"]
+        assert [task.id for task in (await waiting).tasks] == ["t"]
 
 
 async def test_a_lease_call_gives_up_when_it_is_told_to() -> None:

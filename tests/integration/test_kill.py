@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from silo import RetryPolicy, SiloGRPCClient, SiloWorker
+from silo import Failure, RetryPolicy, SiloClientError, SiloGRPCClient, SiloWorker, Success
 from silo.cli.server_process import ServerProcess
 from silo.node.layout import LAYOUT_STORE
 from silo.storage.slate import SlateStorage
+from silo.wire.payload import decode
 from silo.worker.context import TaskContext
 from tests.invariants import check_snapshot
 
@@ -34,6 +35,7 @@ async def _survive(folder: Path, *, kills: int, seed: int) -> None:
     server = ServerProcess(folder)
     await server.start()
     acknowledged: dict[str, int] = {}  # Job id to payload.
+    reported: dict[str, tuple[str, str]] = {}  # Task id to job id and how its attempt ended.
     stop = asyncio.Event()
     try:
         async with SiloGRPCClient(servers=[server.address]) as client:
@@ -54,14 +56,16 @@ async def _survive(folder: Path, *, kills: int, seed: int) -> None:
                 on_error=lambda error, context: None,
             )
             async with worker:
+                bookkeeper = asyncio.create_task(_report_and_note(client, stop, reported))
                 producers = [asyncio.create_task(_produce(client, stop, acknowledged)) for _ in range(4)]
                 for _ in range(kills):
                     await asyncio.sleep(rng.uniform(0.02, 0.4))
                     await server.kill()
                     await server.start()
                 stop.set()
-                await asyncio.gather(*producers)
+                await asyncio.gather(*producers, bookkeeper)
                 await _all_succeed(client, acknowledged)
+                await _all_stand(client, reported)
     finally:
         await server.stop()
     assert len(acknowledged) > kills
@@ -75,6 +79,31 @@ async def _produce(client: SiloGRPCClient, stop: asyncio.Event, acknowledged: di
         handle = await client.enqueue(payload=count, task_group=_GROUP, retry_policy=_RETRY)
         acknowledged[handle.id] = count
         await asyncio.sleep(0.005)
+
+
+async def _report_and_note(
+    client: SiloGRPCClient, stop: asyncio.Event, reported: dict[str, tuple[str, str]]
+) -> None:
+    """A worker that keeps books: every outcome it got an acknowledgement for."""
+    while not stop.is_set():
+        try:
+            leased = await client.lease_tasks(worker_id="b", max_tasks=4, task_group=_GROUP, wait_ms=50)
+            for task in leased.tasks:
+                ends_well = task.attempt_number % 2 == 0
+                payload = decode(task.payload_bytes, field="payload")
+                outcome = Success(payload * 2) if ends_well else Failure("ODD", None)
+                await client.report_outcome(task_id=task.id, shard=task.shard, outcome=outcome)
+                reported[task.id] = (task.job_id, "Succeeded" if ends_well else "Failed")
+        except SiloClientError:
+            continue  # Not acknowledged: whatever became of it, nothing was promised.
+
+
+async def _all_stand(client: SiloGRPCClient, reported: dict[str, tuple[str, str]]) -> None:
+    """No acknowledged outcome was undone."""
+    assert reported
+    for task_id, (job_id, status) in reported.items():
+        job = await client.handle(job_id).job(include_attempts=True)
+        assert (task_id, status) in [(attempt.task_id, attempt.status) for attempt in job.attempts or ()]
 
 
 async def _all_succeed(client: SiloGRPCClient, acknowledged: dict[str, int]) -> None:

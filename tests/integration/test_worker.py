@@ -24,7 +24,6 @@ from silo import (
     SiloGRPCClient,
     SiloWorker,
     Success,
-    TaskContext,
     TaskLeaseLostError,
 )
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
@@ -35,6 +34,7 @@ from tests.integration.fake_silo import (
     FakeSilo,
     Status,
     a_client,
+    a_refresh_task,
     a_task,
     fake_silo,
     not_found,
@@ -42,9 +42,8 @@ from tests.integration.fake_silo import (
     wrong_shard,
 )
 from tests.integration.real_silo import real_silo
+from tests.integration.workers import Context, Errors, Handler, a_worker
 
-Context = TaskContext[Any, dict[str, str]]
-FAST_MS = 5
 LEASE_LOST = [
     not_found("lease not found"),
     Status(grpc.StatusCode.FAILED_PRECONDITION, "lease owner mismatch"),
@@ -55,52 +54,6 @@ HARMLESS = [
     Status(grpc.StatusCode.INTERNAL, "lease not found"),
     not_found("job not found"),
 ]
-
-
-class Handler:
-    """A handler that says what runs, and ends tasks when the test lets it."""
-
-    def __init__(self, result: Any = "done", *, holds: bool = False) -> None:
-        self.result = result
-        self.contexts: list[Context] = []
-        self.running = 0
-        self.most_running = 0
-        self.release = asyncio.Event()
-        if not holds:
-            self.release.set()
-
-    async def __call__(self, ctx: Context) -> Any:
-        self.contexts.append(ctx)
-        self.running += 1
-        self.most_running = max(self.most_running, self.running)
-        try:
-            await self.release.wait()
-        finally:
-            self.running -= 1
-        return self.result
-
-    @property
-    def ids(self) -> list[str]:
-        return [ctx.task.id for ctx in self.contexts]
-
-
-class Errors:
-    """What a worker reported through on_error."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[BaseException, str | None]] = []
-
-    def __call__(self, error: BaseException, context: ErrorContext) -> None:
-        self.seen.append((error, context.task_id))
-
-    def of(self, kind: type[BaseException]) -> list[str | None]:
-        return [task_id for error, task_id in self.seen if isinstance(error, kind)]
-
-
-def a_worker(client: SiloGRPCClient, handler: Any, **options: Any) -> SiloWorker[Any, Any, Any]:
-    """A worker whose errors fail the test that does not look at them."""
-    given = {"worker_id": "w", "task_group": GROUP, "poll_interval_ms": FAST_MS} | options
-    return SiloWorker(client=client, handler=handler, **given)
 
 
 def result_of(report: pb.ReportOutcomeRequest) -> Any:
@@ -281,8 +234,18 @@ class _Unspeakable(Exception):
         raise ValueError("no text")
 
 
-@pytest.mark.parametrize("error", [_Unspeakable(), ValueError("\ud800 half a sign")], ids=["text", "sign"])
-async def test_an_exception_that_has_no_proper_text_is_still_reported(error: Exception) -> None:
+class _Codeless(Exception):
+    @property
+    def code(self) -> str:
+        raise ValueError("no code")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [_Unspeakable(), ValueError("\ud800 half a sign"), _Codeless()],
+    ids=["text", "sign", "code"],
+)
+async def test_an_exception_that_cannot_be_read_properly_is_still_reported(error: Exception) -> None:
     async def handler(ctx: Context) -> None:
         raise error
 
@@ -655,10 +618,10 @@ async def test_polls_are_counted() -> None:
             "LeaseTasks",
             Status(grpc.StatusCode.INTERNAL, "not counted"),
             pb.LeaseTasksResponse(),
-            pb.LeaseTasksResponse(tasks=[a_task("t1"), a_task("t2")]),
+            pb.LeaseTasksResponse(tasks=[a_task("t1"), a_task("t2")], refresh_tasks=[a_refresh_task()]),
         )
         async with a_worker(client, Handler(), on_error=Errors()) as worker:
-            await until(lambda: worker.metrics.tasks_returned == 2)
+            await until(lambda: worker.metrics.tasks_returned == 3)
             assert (worker.metrics.polls, worker.metrics.empty_polls) == (2, 1)
 
 

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from silo.clock import VirtualClock
 from silo.engine.outcomes import WORKER_CRASHED
 from silo.errors import (
+    InvalidRequest,
     JobExists,
     JobNotFound,
     LeaseNotFound,
@@ -24,8 +25,8 @@ from silo.errors import (
     SiloError,
     StateForbids,
 )
-from silo.model.attempt import AttemptStatus, Cancelled, Failure, Outcome, Success
-from silo.model.job import LEASE_MS, JobStatus, RetryPolicy
+from silo.model.attempt import AttemptStatus, Cancelled, Failure, Outcome, PastAttempt, Success
+from silo.model.job import LEASE_MS, ImportedJob, JobStatus, RetryPolicy
 from silo.shard import dispatch, feeder, views
 from silo.shard import shard as shard_module
 from silo.shard.shard import Shard
@@ -39,7 +40,7 @@ T = TypeVar("T")
 
 tenants = st.sampled_from(["-", "a", "b"])
 groups = st.sampled_from(["g1", "g2"])
-names = st.tuples(tenants, st.sampled_from([f"j{n}" for n in range(6)]))
+names = st.tuples(tenants, st.sampled_from([f"j{n}" for n in range(3)]))
 workers = st.sampled_from(["w1", "w2"])
 priorities = st.sampled_from([0, 1, 50, 99])
 policies = st.one_of(
@@ -54,6 +55,10 @@ policies = st.one_of(
     ),
 )
 outcomes = st.sampled_from([Success(b"\x01"), Failure("BROKEN", b"\xc0"), Cancelled()])
+histories = st.one_of(
+    st.lists(outcomes, max_size=3),
+    st.integers(0, 3).map(lambda count: [Failure("BROKEN", b"\xc0")] * count),
+)
 
 
 @dataclass
@@ -81,6 +86,7 @@ class Expected:
     relative: int = 1
     claim: Claim | None = None
     flagged: bool = False
+    payload: bytes = b""
 
     @property
     def budget(self) -> int:
@@ -108,7 +114,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.loop.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self.loop.run_until_complete(asyncio.wait_for(work, 2))
+        return self.loop.run_until_complete(asyncio.wait_for(work, 20))
 
     async def reopen(self) -> Shard:
         return await reopened(self.storage, clock=self.clock, rng=self.rng)
@@ -200,12 +206,15 @@ class EngineMachine(RuleBasedStateMachine):
             start_at_ms=start_at_ms,
             retry_policy=policy,
             metadata={"color": "red"},
+            payload=f"payload {self.rng.random()}",
         )
         if name in self.jobs:
             self.refused(JobExists, self.shard.enqueue(new))
             return
         self.run(self.shard.enqueue(new))
-        job = Expected(group, priority, policy, start_at_ms, JobStatus.SCHEDULED, 0, None)
+        job = Expected(
+            group, priority, policy, start_at_ms, JobStatus.SCHEDULED, 0, None, payload=new.payload
+        )
         self.place(job, start_at_ms or self.clock.now_ms())
         self.jobs[name] = job
 
@@ -229,6 +238,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert lease is not None
             assert lease.task_id not in self.spent
             job = self.jobs[task.job.tenant, task.job.id]
+            assert task.job.payload == job.payload
             assert job.start_ms <= now_ms  # Never early (39).
             job.status, job.rank = JobStatus.RUNNING, None
             job.claim = Claim(lease.task_id, worker, now_ms, now_ms + LEASE_MS)
@@ -242,11 +252,24 @@ class EngineMachine(RuleBasedStateMachine):
         elif job.status is not JobStatus.SCHEDULED:
             self.refused(StateForbids, call)
         else:
-            lease = self.run(call).state.lease
+            task = self.run(call)
+            lease = task.state.lease
             assert lease is not None
+            assert task.job.payload == job.payload
             now_ms = self.clock.now_ms()
             job.status, job.rank = JobStatus.RUNNING, None
             job.claim = Claim(lease.task_id, worker, now_ms, now_ms + LEASE_MS)
+
+    @rule(name=names, worker=workers)
+    def run_alone_and_forget(self, name: Name, worker: str) -> None:
+        """A job passes through quickly, and leaves its id to the next one."""
+        job = self.jobs.get(name)
+        if job is not None and job.status is JobStatus.SCHEDULED:
+            self.lease_one(name, worker)
+            assert job.claim is not None
+            self.run(self.shard.report(job.claim.task_id, Success(b"\x01")))
+            self.end(name, AttemptStatus.SUCCEEDED)
+            self.delete(name)
 
     @precondition(lambda self: self.claims())
     @rule(data=st.data(), outcome=outcomes)
@@ -334,6 +357,89 @@ class EngineMachine(RuleBasedStateMachine):
         self.run(call)
         self.jobs.pop(name, None)
         self.seen.pop(name, None)
+
+    @rule(
+        name=names,
+        place=st.tuples(groups, priorities),
+        policy=policies,
+        added=histories,
+        offset_ms=st.sampled_from([-5_000, 0, 800]),
+    )
+    def reimport(
+        self,
+        name: Name,
+        place: tuple[str, int],
+        policy: RetryPolicy | None,
+        added: list[Outcome],
+        offset_ms: int,
+    ) -> None:
+        """A job comes with its history; if it is here already, with what is stored and `added` after it."""
+        job, now_ms = self.jobs.get(name), self.clock.now_ms()
+        stored = self.seen[name].attempts if job is not None else []
+        given = ImportedJob(
+            tenant=name[0],
+            id=name[1],
+            task_group=place[0],
+            priority=place[1],
+            enqueue_time_ms=0,
+            start_at_ms=now_ms + offset_ms,
+            payload=f"payload {self.rng.random()}".encode(),
+            retry_policy=policy,
+            attempts=(
+                *(
+                    PastAttempt(
+                        started_at_ms=attempt.started_at_ms,
+                        finished_at_ms=attempt.finished_at_ms or 0,
+                        outcome=attempt.outcome or Cancelled(),
+                    )
+                    for attempt in stored
+                ),
+                *(PastAttempt(started_at_ms=1, finished_at_ms=2, outcome=outcome) for outcome in added),
+            ),
+        )
+        call = self.shard.import_jobs(tenant=name[0], jobs=[given])
+        if job is not None and job.status is JobStatus.RUNNING:
+            self.refused(StateForbids, call)
+            return
+        before = self.facts()
+        [answer] = self.run(call)
+        if job is not None and (job.status is JobStatus.SUCCEEDED or not added):
+            assert isinstance(answer, StateForbids)
+            assert self.facts() == before
+        elif not all(isinstance(outcome, Failure) for outcome in added[:-1]):
+            assert isinstance(answer, InvalidRequest)
+            assert self.facts() == before
+        else:
+            if job is None:
+                job = self.jobs[name] = Expected(
+                    *place, policy, now_ms, JobStatus.SCHEDULED, 0, None, payload=given.payload
+                )
+            self.take_over(name, policy, added, start_ms=now_ms + offset_ms)
+            assert answer is job.status
+
+    def take_over(
+        self, name: Name, policy: RetryPolicy | None, added: list[Outcome], *, start_ms: int
+    ) -> None:
+        """A job has gone through more attempts elsewhere."""
+        job = self.jobs[name]
+        new = check_snapshot(self.storage.snapshot(SHARD))[name].attempts[len(job.attempts) :]
+        assert [attempt.outcome for attempt in new] == added
+        job.attempts += [(attempt.task_id, attempt.attempt_number, attempt.status) for attempt in new]
+        self.spent += [attempt.task_id for attempt in new]
+        job.policy, job.flagged, job.rank = policy, False, None
+        job.relative = max(1, len(job.attempts))
+        last = job.attempts[-1][2] if job.attempts else None
+        failures = sum(status is AttemptStatus.FAILED for _, _, status in job.attempts)
+        if last is AttemptStatus.SUCCEEDED:
+            job.status = JobStatus.SUCCEEDED
+        elif last is AttemptStatus.CANCELLED:
+            job.status = JobStatus.CANCELLED
+        elif last is AttemptStatus.FAILED and failures >= job.budget:
+            job.status = JobStatus.FAILED
+        else:
+            job.status = JobStatus.SCHEDULED
+            job.relative = len(job.attempts) + 1
+            self.place(job, start_ms)
 
     @rule(name=names)
     def look(self, name: Name) -> None:
@@ -452,8 +558,8 @@ _TINY: dict[ModuleType, dict[str, int]] = {
 }
 
 _SETTINGS = settings(
-    max_examples=100,
-    stateful_step_count=40,
+    max_examples=150,
+    stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -134,7 +134,7 @@ def test_an_attempt_that_ended_is_stored_under_its_number() -> None:
         finished_at_ms=4_000,
         outcome=Failure("CODE", b""),
     )
-    rows = _applied(_rows_of(_RUNNING), Change(before=_RUNNING, after=_RETRIED, attempt=attempt))
+    rows = _applied(_rows_of(_RUNNING), Change(before=_RUNNING, after=_RETRIED, attempts=(attempt,)))
     assert rows == _rows_of(_RETRIED) | {keys.attempt_key(_T, _ID, 1): codec.encode(attempt)}
 
 

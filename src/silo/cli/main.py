@@ -70,13 +70,13 @@ def server(
         _fail(f"Config error: {error}")
 
     from silo.node.serve import serve
-    from silo.rpc.server import listen
+    from silo.rpc.server import listener
 
     def greet(ready: "Ready") -> None:
         _greet(settings, ready)
 
     try:
-        _run(lambda: serve(settings, listen, on_ready=greet))
+        _run(lambda: serve(settings, listener(settings), on_ready=greet))
     except ConfigError as error:
         _fail(f"Config error: {error}")
     except (SiloError, OSError) as error:

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, cast  # Payloads are the application's; the grpc stub is untyped.
+from typing import Any, cast, overload  # Payloads are the application's; the grpc stub is untyped.
 
 import grpc
 
@@ -32,6 +32,7 @@ from silo.client.types import (
     JobResult,
     JobStatus,
     LeasedTask,
+    LeasedTasks,
     RetryPolicy,
     ShardRouting,
 )
@@ -258,8 +259,10 @@ class SiloGRPCClient:
         server_index: int | None = None,
         wait_ms: int | None = None,
         give_up: asyncio.Event | None = None,
-    ) -> list[LeasedTask]:
+    ) -> LeasedTasks:
         """Lease due tasks from one server; the caller heartbeats and reports.
+
+        Job tasks end with `report_outcome`, refresh tasks of floating limits with `report_refresh_outcome`.
 
         Args:
             shard: only tasks of this shard.
@@ -276,7 +279,7 @@ class SiloGRPCClient:
             call.metadata = (("silo-wait-ms", str(wait_ms)),)
             call.wait_s = wait_ms / 1000
         response = await self._send(call)
-        return [messages.task_from_pb(task) for task in response.tasks]
+        return messages.leased_from_pb(response)
 
     async def report_outcome(
         self, *, task_id: str, shard: str, outcome: messages.Outcome, tenant: str | None = None
@@ -293,6 +296,52 @@ class SiloGRPCClient:
     async def send_report(self, request: pb.ReportOutcomeRequest, *, shard: str) -> None:
         """Like `report_outcome`, for a report that is encoded already."""
         call = _Call("ReportOutcome", request, task_id=request.task_id, shard=shard, is_tenant_routed=False)
+        await self._send(call)
+
+    @overload
+    async def report_refresh_outcome(
+        self, *, task_id: str, shard: str, new_max_concurrency: int, tenant: str | None = ...
+    ) -> None: ...
+
+    @overload
+    async def report_refresh_outcome(
+        self, *, task_id: str, shard: str, failure_code: str, failure_message: str, tenant: str | None = ...
+    ) -> None: ...
+
+    async def report_refresh_outcome(
+        self,
+        *,
+        task_id: str,
+        shard: str,
+        new_max_concurrency: int | None = None,
+        failure_code: str | None = None,
+        failure_message: str | None = None,
+        tenant: str | None = None,
+    ) -> None:
+        """Report the new maximum of a floating limit, or why there is none.
+
+        Raises:
+            TaskNotFoundError: the lease is gone; the report does not count, unless `after_retry` is set:
+                then an earlier try, whose answer was lost, may have counted.
+            ValueError: the maximum is not from 0 to 4 294 967 295; nothing was sent.
+        """
+        if new_max_concurrency is not None:
+            if failure_code is not None or failure_message is not None:
+                raise ValueError("give new_max_concurrency or a failure, not both")
+            request = messages.refresh_success_to_pb(new_max_concurrency, task_id=task_id, tenant=tenant)
+        elif failure_code is None or failure_message is None:
+            raise ValueError("give new_max_concurrency, or failure_code and failure_message")
+        else:
+            request = messages.refresh_failure_to_pb(
+                failure_code, failure_message, task_id=task_id, tenant=tenant
+            )
+        await self.send_refresh_report(request, shard=shard)
+
+    async def send_refresh_report(self, request: pb.ReportRefreshOutcomeRequest, *, shard: str) -> None:
+        """Like `report_refresh_outcome`, for a report that is encoded already."""
+        call = _Call(
+            "ReportRefreshOutcome", request, task_id=request.task_id, shard=shard, is_tenant_routed=False
+        )
         await self._send(call)
 
     async def heartbeat(

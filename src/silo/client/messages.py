@@ -13,12 +13,16 @@ from silo.client.types import (
     JobResult,
     JobStatus,
     LeasedTask,
+    LeasedTasks,
+    RefreshTask,
     RetryPolicy,
 )
 from silo.wire.payload import decode, decode_tolerant, encode
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
 
 Outcome: TypeAlias = Success[Any] | Failure | Cancelled
+_UINT32_MAX = 2**32 - 1
+_NEW_MAX = f"the new max_concurrency must be an int from 0 to {_UINT32_MAX}"
 
 
 def retry_policy_to_pb(policy: RetryPolicy) -> pb.RetryPolicy:
@@ -119,6 +123,27 @@ def task_from_pb(task: pb.Task) -> LeasedTask:
     )
 
 
+def refresh_task_from_pb(task: pb.RefreshFloatingLimitTask) -> RefreshTask:
+    return RefreshTask(
+        id=task.id,
+        queue_key=task.queue_key,
+        current_max_concurrency=task.current_max_concurrency,
+        last_refreshed_at_ms=task.last_refreshed_at_ms,
+        metadata=dict(task.metadata),
+        lease_ms=task.lease_ms,
+        shard=task.shard,
+        task_group=task.task_group,
+        tenant=task.tenant_id if task.HasField("tenant_id") else None,
+    )
+
+
+def leased_from_pb(response: pb.LeaseTasksResponse) -> LeasedTasks:
+    return LeasedTasks(
+        tasks=tuple(map(task_from_pb, response.tasks)),
+        refresh_tasks=tuple(map(refresh_task_from_pb, response.refresh_tasks)),
+    )
+
+
 def report_to_pb(outcome: Outcome, *, task_id: str, tenant: str | None) -> pb.ReportOutcomeRequest:
     """The report; its shard is filled in when it is sent.
 
@@ -135,3 +160,30 @@ def report_to_pb(outcome: Outcome, *, task_id: str, tenant: str | None) -> pb.Re
         case Cancelled():
             request.cancelled.SetInParent()
     return request
+
+
+def refresh_success_to_pb(
+    new_max_concurrency: int, *, task_id: str, tenant: str | None
+) -> pb.ReportRefreshOutcomeRequest:
+    """The report of a new maximum; its shard is filled in when it is sent.
+
+    Raises:
+        ValueError: it is no number that a limit can have.
+    """
+    value: object = new_max_concurrency  # It may be what a handler returned, which is anything.
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{_NEW_MAX}, not a {type(value).__name__}")
+    if not 0 <= value <= _UINT32_MAX:
+        raise ValueError(f"{_NEW_MAX}, not {value if value.bit_length() < 64 else 'a number that large'}")
+    return pb.ReportRefreshOutcomeRequest(
+        task_id=task_id, tenant_id=tenant or None, success=pb.RefreshSuccess(new_max_concurrency=value)
+    )
+
+
+def refresh_failure_to_pb(
+    code: str, message: str, *, task_id: str, tenant: str | None
+) -> pb.ReportRefreshOutcomeRequest:
+    """The report that there is no new maximum; its shard is filled in when it is sent."""
+    return pb.ReportRefreshOutcomeRequest(
+        task_id=task_id, tenant_id=tenant or None, failure=pb.RefreshFailure(code=code, message=message)
+    )

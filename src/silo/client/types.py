@@ -99,6 +99,29 @@ class LeasedTask:
     lease_ms: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class RefreshTask:
+    """A task that asks for the new maximum of a floating limit."""
+
+    id: str
+    queue_key: str
+    current_max_concurrency: int
+    last_refreshed_at_ms: int = 0  # 0: never.
+    metadata: Mapping[str, str] = field(default_factory=dict)  # As given with the limit.
+    lease_ms: int = 0
+    shard: str = ""
+    task_group: str = ""
+    tenant: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeasedTasks:
+    """What one call leased."""
+
+    tasks: tuple[LeasedTask, ...] = ()
+    refresh_tasks: tuple[RefreshTask, ...] = ()
+
+
 @dataclass(frozen=True)
 class Heartbeat:
     """The answer to a heartbeat."""

@@ -41,7 +41,7 @@ def ended(state: JobState, outcome: Outcome, *, now_ms: int, priority_step_ms: i
                 after = _terminal(state, JobStatus.FAILED, now_ms)
             else:
                 after = _retry(state, now_ms=now_ms, priority_step_ms=priority_step_ms, rng=rng)
-    return Change(before=state, after=after, attempt=attempt)
+    return Change(before=state, after=after, attempts=(attempt,))
 
 
 def expired(state: JobState, *, expiry_ms: int, now_ms: int, priority_step_ms: int, rng: Random) -> Change:

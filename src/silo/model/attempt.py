@@ -31,6 +31,14 @@ class Cancelled(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
 Outcome: TypeAlias = Success | Failure | Cancelled
 
 
+class PastAttempt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A run that ended somewhere else, as an import tells of it."""
+
+    started_at_ms: int
+    finished_at_ms: int
+    outcome: Outcome
+
+
 class Attempt(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """One run of a job. Stored once it has ended, and never changed after that.
 

@@ -16,7 +16,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     before: JobState | None
     after: JobState | None
     job: Job | None = None  # Its description, when the job is created or deleted.
-    attempt: Attempt | None = None  # The attempt that ended with this step.
+    attempts: tuple[Attempt, ...] = ()  # Those that join its history with this step.
 
     @property
     def subject(self) -> JobState:

@@ -5,6 +5,8 @@ from typing import TypeAlias
 
 import msgspec
 
+from silo.model.attempt import PastAttempt
+
 PRIORITY_MAX = 99
 LEASE_MS = 10_000  # Length of a lease, and what a heartbeat extends it to.
 DEFAULT_TENANT = "-"  # The tenant of every job while tenancy is off.
@@ -30,13 +32,16 @@ class JobStatus(enum.IntEnum):
 
 
 MOVES: dict[JobStatus, frozenset[JobStatus]] = {
-    JobStatus.SCHEDULED: frozenset({JobStatus.SCHEDULED, JobStatus.RUNNING, JobStatus.CANCELLED}),
+    JobStatus.SCHEDULED: frozenset(JobStatus),
     JobStatus.RUNNING: frozenset(JobStatus),
     JobStatus.SUCCEEDED: frozenset(),
-    JobStatus.FAILED: frozenset({JobStatus.SCHEDULED}),
-    JobStatus.CANCELLED: frozenset({JobStatus.SCHEDULED, JobStatus.CANCELLED}),
+    JobStatus.FAILED: frozenset(JobStatus) - {JobStatus.RUNNING},
+    JobStatus.CANCELLED: frozenset(JobStatus) - {JobStatus.RUNNING},
 }
-"""The one table of legal status changes. A terminal job can also be deleted."""
+"""The one table of legal status changes. A terminal job can also be deleted.
+
+Only an import ends a Scheduled, Failed or Cancelled job as Succeeded or Failed.
+"""
 
 
 class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
@@ -131,6 +136,21 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     payload: bytes
     retry_policy: RetryPolicy | None = None
     metadata: tuple[tuple[str, str], ...] = ()
+
+
+class ImportedJob(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A job that has lived elsewhere, with what it went through there; checked at the edge."""
+
+    tenant: str
+    id: str
+    task_group: str
+    priority: int
+    enqueue_time_ms: int  # 0 or less: now.
+    start_at_ms: int  # 0 or less: now. Only counts when the job has runs to come.
+    payload: bytes
+    retry_policy: RetryPolicy | None = None
+    metadata: tuple[tuple[str, str], ...] = ()
+    attempts: tuple[PastAttempt, ...] = ()  # Oldest first.
 
 
 class LeasedTask(msgspec.Struct, frozen=True, gc=False):

@@ -68,7 +68,10 @@ async def serve(config: Config, listen: Listen, *, on_ready: Callable[[Ready], N
                 storage=storage,
                 clock=SystemClock(),
                 rng=rng,
-                options=ShardOptions(priority_step_ms=config.dispatch.priority_step_ms),
+                options=ShardOptions(
+                    priority_step_ms=config.dispatch.priority_step_ms,
+                    max_pending_jobs=config.tenancy.max_pending_jobs,
+                ),
             ) as node,
             listen(config.server.grpc_addr, node) as address,
         ):

@@ -5,17 +5,22 @@ Every job call starts alike: shard id, shard, tenant, range, in this order; then
 
 import functools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast  # grpc is untyped: contexts are Any here.
 from urllib.parse import quote
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from silo.errors import ErrorKind, SiloError
-from silo.node.node import Node
+from silo.errors import ErrorKind, ShardClosed, SiloError, StateForbids, describe
+from silo.model.job import ImportedJob, JobStatus
+from silo.model.shards import HashRange
+from silo.node.node import Node, ShardNotFound
+from silo.rpc.auth import EVERYTHING, Access, Tokens, Unauthenticated
 from silo.rpc.status import STATUS
 from silo.shard.shard import Shard
+from silo.telemetry import profiling
 from silo.wire import convert, validate
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
 from silo.wire.pb.silo.v1 import silo_pb2_grpc
@@ -33,6 +38,26 @@ _Handler = TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
 
 class DevModeOnly(SiloError):
     kind = ErrorKind.DENIED
+
+
+class ShardNotHere(SiloError):
+    """Whoever asks for administration means this node: no word of where else, and none to match on."""
+
+    kind = ErrorKind.NOT_FOUND
+
+
+class AdministrationFailed(SiloError):
+    """The text says what failed, and why."""
+
+    kind = ErrorKind.INTERNAL
+
+
+@contextmanager
+def _saying(what: str) -> Iterator[None]:
+    try:
+        yield
+    except SiloError as error:
+        raise AdministrationFailed(f"{what}: {describe(error)}") from error
 
 
 def _answering(handler: _Handler) -> _Handler:
@@ -54,10 +79,11 @@ def _answering(handler: _Handler) -> _Handler:
 
 
 class SiloServicer(silo_pb2_grpc.SiloServicer):
-    """Answers for one node."""
+    """Answers for one node, to callers with one access."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, access: Access = EVERYTHING) -> None:
         self._node = node
+        self._access = access
 
     def _job_scope(self, request: Any) -> tuple[Shard, str]:
         """The shard and the tenant of a job call."""
@@ -73,6 +99,9 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
         tenant = validate.worker_tenant(request.tenant_id, tenancy_enabled=self._node.tenancy_enabled)
         if tenant is not None:
             validate.tenant_in_range(tenant, shard=shard.shard_id, hash_range=shard.range)
+        task_group = shard.task_group_of(request.task_id)
+        if task_group is not None:  # Otherwise the lease is gone, and that is what the caller will hear.
+            self._access.check_task(task_group)
         return shard
 
     @_answering
@@ -205,10 +234,128 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
         return pb.HeartbeatResponse(cancelled=cancelled_at_ms is not None, cancelled_at_ms=cancelled_at_ms)
 
     @_answering
+    async def ImportJobs(self, request: pb.ImportJobsRequest, context: Any) -> pb.ImportJobsResponse:
+        answers: dict[int, JobStatus | str] = {}  # Of each entry: its status, or why it failed.
+        groups: dict[tuple[str, str], dict[int, ImportedJob]] = {}
+        ranges = {info.shard_id: info.range for info in self._node.shard_map()}
+        for number, given in enumerate(request.jobs):
+            try:
+                shard_id, job = self._imported_job(given, ranges)
+            except SiloError as error:
+                answers[number] = _status_text(error)
+            else:
+                groups.setdefault((shard_id, job.tenant), {})[number] = job
+        # One after another: when a group refuses the whole call, those before it stay and none follows.
+        for (shard_id, tenant), group in groups.items():
+            answers |= await self._import_group(shard_id, tenant, group)
+        return pb.ImportJobsResponse(
+            results=[
+                convert.import_result_to_pb(given.id, answers[number])
+                for number, given in enumerate(request.jobs)
+            ]
+        )
+
+    def _imported_job(
+        self, given: pb.ImportJobRequest, ranges: Mapping[str, HashRange]
+    ) -> tuple[str, ImportedJob]:
+        """The shard and the job of one entry; its group finds out whether the shard is here."""
+        shard_id = validate.shard_id(given.shard)
+        tenant = validate.job_tenant(given.tenant, tenancy_enabled=self._node.tenancy_enabled)
+        if shard_id in ranges:
+            validate.tenant_in_range(tenant, shard=shard_id, hash_range=ranges[shard_id])
+        validate.imported_id(given.id)
+        validate.task_group(given.task_group, is_new=False)
+        validate.priority(given.priority)
+        validate.metadata(given.metadata)
+        job = convert.imported_job_from_pb(given, tenant=tenant)
+        validate.limits(given.limits)
+        validate.payload(job.payload)
+        return shard_id, job
+
+    async def _import_group(
+        self, shard_id: str, tenant: str, group: Mapping[int, ImportedJob]
+    ) -> dict[int, JobStatus | str]:
+        """Import the jobs of one tenant; for each its status, or why it failed.
+
+        Raises:
+            StateForbids: one of them runs; nothing of the group was changed.
+        """
+        try:
+            shard = self._node.shard(shard_id)
+            answers = await shard.import_jobs(tenant=tenant, jobs=list(group.values()))
+        except StateForbids:
+            raise
+        except SiloError as error:
+            return dict.fromkeys(group, _status_text(error))
+        return {
+            number: answer.message if isinstance(answer, SiloError) else answer
+            for number, answer in zip(group, answers, strict=True)
+        }
+
+    @_answering
     async def ResetShards(self, request: pb.ResetShardsRequest, context: Any) -> pb.ResetShardsResponse:
         if not self._node.dev_mode:
             raise DevModeOnly("ResetShards is only available in dev mode")
         return pb.ResetShardsResponse(shards_reset=await self._node.reset_shards())
+
+    # Administration
+
+    def _shard_here(self, text: str) -> Shard:
+        """A shard that is open on this node."""
+        shard_id = validate.shard_id(text)
+        try:
+            return self._node.shard(shard_id)
+        except (ShardNotFound, ShardClosed) as error:
+            raise ShardNotHere(f"shard {text} not found on this node") from error
+
+    @_answering
+    async def FlushShard(self, request: pb.FlushShardRequest, context: Any) -> pb.FlushShardResponse:
+        shard = self._shard_here(request.shard)
+        with _saying("flush failed"):
+            await shard.flush()
+        return pb.FlushShardResponse(status=f"flushed shard {request.shard}")
+
+    @_answering
+    async def CompactShard(self, request: pb.CompactShardRequest, context: Any) -> pb.CompactShardResponse:
+        shard = self._shard_here(request.shard)
+        with _saying("compaction failed"):
+            await shard.compact()
+        return pb.CompactShardResponse(status=f"full compaction submitted for shard {request.shard}")
+
+    @_answering
+    async def GetShardStorageInfo(
+        self, request: pb.GetShardStorageInfoRequest, context: Any
+    ) -> pb.GetShardStorageInfoResponse:
+        shard = self._shard_here(request.shard)
+        with _saying("failed to read LSM state"):
+            info = await shard.storage_info()
+        return convert.storage_info_to_pb(info)
+
+    @_answering
+    async def CpuProfile(self, request: pb.CpuProfileRequest, context: Any) -> pb.CpuProfileResponse:
+        profile = await profiling.cpu_profile(
+            duration_s=request.duration_seconds, frequency_hz=request.frequency
+        )
+        return pb.CpuProfileResponse(
+            profile_data=profile.data, duration_seconds=profile.duration_s, samples=profile.samples
+        )
+
+    @_answering
+    async def HeapProfile(self, request: pb.HeapProfileRequest, context: Any) -> pb.HeapProfileResponse:
+        profile = await profiling.heap_profile(duration_s=request.duration_seconds)
+        return pb.HeapProfileResponse(profile_data=profile.data, duration_seconds=profile.duration_s)
+
+    @_answering
+    async def DumpTasks(self, request: pb.DumpTasksRequest, context: Any) -> pb.DumpTasksResponse:
+        dump, tasks = profiling.dump_tasks()
+        return pb.DumpTasksResponse(dump=dump, task_count=tasks)
+
+
+def _status_text(error: SiloError) -> str:
+    """A status as a text, in the form in which the results of an import have always shown one."""
+    code = "".join(word.capitalize() for word in STATUS[error.kind].name.split("_"))
+    quoted = error.message.replace("\\", "\\\\").replace('"', '\\"')
+    return f'status: {code}, message: "{quoted}", details: [], metadata: MetadataMap {{ headers: {{}} }}'
 
 
 def _unsupported(method: str) -> Callable[..., Awaitable[Any]]:
@@ -232,13 +379,46 @@ def _wait_ms(context: Any) -> int:
     return _WAIT_MS
 
 
-def silo_handlers(node: Node) -> grpc.GenericRpcHandler:
-    """All methods of `silo.v1.Silo`, by their paths.
+def silo_handlers(node: Node, tokens: Tokens | None = None) -> grpc.GenericRpcHandler:
+    """All methods of `silo.v1.Silo`, by their paths; for callers with one of `tokens`, if there are any."""
+    if tokens is None:
+        return _handlers(node, EVERYTHING)
+    return _Guarded(tokens, {access: _handlers(node, access) for access in tokens.accesses})
+
+
+class _Guarded(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc is untyped.
+    """Looks at the token before the request is read, and chooses the handlers of its access."""
+
+    def __init__(self, tokens: Tokens, handlers: Mapping[Access, grpc.GenericRpcHandler]) -> None:
+        self._tokens = tokens
+        self._handlers = handlers
+        self._methods = next(iter(handlers.values()))
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        if self._methods.service(details) is None:
+            return None  # Not ours: health checks, reflection.
+        try:
+            access = self._tokens.access(details.invocation_metadata)
+        except Unauthenticated as refusal:
+            return _refusing(refusal)
+        return self._handlers[access].service(details)
+
+
+def _refusing(refusal: SiloError) -> grpc.RpcMethodHandler:
+    async def refuse(requests: Any, context: Any) -> None:
+        await context.abort(STATUS[refusal.kind], refusal.message)
+
+    # As a stream, whatever the method is: then nothing of the request is read.
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _handlers(node: Node, access: Access) -> grpc.GenericRpcHandler:
+    """The handlers of one access.
 
     The generated registration answers UNKNOWN, which says nothing, to bytes that
     are no message; here they are a wrong request like any other.
     """
-    servicer = SiloServicer(node)
+    servicer = SiloServicer(node, access)
     methods = {}
     for method in _SERVICE.methods:
         answers = (
@@ -247,7 +427,7 @@ def silo_handlers(node: Node) -> grpc.GenericRpcHandler:
             else grpc.unary_unary_rpc_method_handler
         )
         methods[method.name] = answers(
-            _readable(getattr(servicer, method.name)),
+            _readable(_allowed(getattr(servicer, method.name), method.name, access)),
             request_deserializer=_reader(getattr(pb, method.input_type.name)),
             response_serializer=getattr(pb, method.output_type.name).SerializeToString,
         )
@@ -272,6 +452,22 @@ def _readable(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable
     async def answer(request: Any, context: Any) -> Any:
         if isinstance(request, _Unreadable):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request does not decode")
+        return await handler(request, context)
+
+    return answer
+
+
+def _allowed(
+    handler: Callable[..., Awaitable[Any]], method: str, access: Access
+) -> Callable[..., Awaitable[Any]]:
+    if access.is_admin:
+        return handler
+
+    async def answer(request: Any, context: Any) -> Any:
+        try:
+            access.check_call(method, request)
+        except SiloError as refusal:
+            await context.abort(STATUS[refusal.kind], _shortened(refusal.message))
         return await handler(request, context)
 
     return answer

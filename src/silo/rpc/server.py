@@ -1,21 +1,28 @@
 """The gRPC server of a node."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import functools
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import grpc
+import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from silo.config import Config, ServerConfig
 from silo.errors import SiloError
 from silo.node.node import Node
+from silo.rpc.auth import Tokens, tokens_from
 from silo.rpc.handlers import silo_handlers
+from silo.rpc.tls import server_credentials
 from silo.wire.pb.silo.v1 import silo_pb2
 
 MESSAGE_BYTES_MAX = 128 << 20
 DRAIN_S = 5.0
 _REFLECTION = "grpc.reflection.v1.ServerReflection"
 CALLS_WAITING_MAX = 1 << 16
+
+HANDSHAKE_MS = 10_000
 
 _OPTIONS = (
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -28,11 +35,40 @@ _OPTIONS = (
     # By default calls beyond a thousand that were not begun are reset, not refused.
     ("grpc.server.max_pending_requests", CALLS_WAITING_MAX),
     ("grpc.server.max_pending_requests_hard_limit", CALLS_WAITING_MAX),
+    # Who connects and says nothing must not keep the place for the two minutes that are the default.
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
 )
 
 
 class CannotListen(SiloError):
     """The address is taken or not ours."""
+
+
+class Security(msgspec.Struct, frozen=True, kw_only=True):
+    """Who may connect, who may call, and how much of it at a time."""
+
+    tokens: Tokens | None = None  # None: everyone may do everything.
+    credentials: grpc.ServerCredentials | None = None  # None: plaintext.
+    max_connections: int = ServerConfig().max_connections
+    max_streams_per_connection: int = ServerConfig().max_streams_per_connection
+
+
+OPEN = Security()
+
+
+def listener(config: Config) -> Callable[[str, Node], AbstractAsyncContextManager[str]]:
+    """`listen`, as the configuration says.
+
+    Raises:
+        ConfigError: a file with a certificate or a key is missing or unusable.
+    """
+    security = Security(
+        tokens=tokens_from(config),
+        credentials=server_credentials(config.tls),
+        max_connections=config.server.max_connections,
+        max_streams_per_connection=config.server.max_streams_per_connection,
+    )
+    return functools.partial(listen, security=security)
 
 
 def _add_reflection(server: grpc.aio.Server, services: tuple[str, ...]) -> None:
@@ -48,7 +84,7 @@ def _add_reflection(server: grpc.aio.Server, services: tuple[str, ...]) -> None:
 
 
 @asynccontextmanager
-async def listen(addr: str, node: Node) -> AsyncIterator[str]:
+async def listen(addr: str, node: Node, *, security: Security = OPEN) -> AsyncIterator[str]:
     """Serve `node` on `addr` while the block runs; yields the address with its real port.
 
     At the end new calls are refused at once, and running ones have `DRAIN_S` seconds.
@@ -56,8 +92,12 @@ async def listen(addr: str, node: Node) -> AsyncIterator[str]:
     Raises:
         CannotListen: the text names the address and the setting.
     """
-    server = grpc.aio.server(options=_OPTIONS)
-    server.add_generic_rpc_handlers((silo_handlers(node),))
+    limits = (
+        ("grpc.max_allowed_incoming_connections", security.max_connections),
+        ("grpc.max_concurrent_streams", security.max_streams_per_connection),
+    )
+    server = grpc.aio.server(options=(*_OPTIONS, *limits))
+    server.add_generic_rpc_handlers((silo_handlers(node, security.tokens),))
     service = silo_pb2.DESCRIPTOR.services_by_name["Silo"].full_name
     checks = health.aio.HealthServicer()
     for name in ("", service):
@@ -65,7 +105,10 @@ async def listen(addr: str, node: Node) -> AsyncIterator[str]:
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     _add_reflection(server, (service, health.SERVICE_NAME, _REFLECTION))
     try:
-        port = server.add_insecure_port(addr)
+        if security.credentials is None:
+            port = server.add_insecure_port(addr)
+        else:
+            port = server.add_secure_port(addr, security.credentials)
     except RuntimeError as error:
         raise CannotListen(
             f"cannot listen on {addr}: the address is in use or not available; "

@@ -8,7 +8,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 from silo.errors import StoreCorrupt
-from silo.model.job import Job, JobState
+from silo.model.counts import TenantCounts
+from silo.model.job import Job, JobState, JobStatus
 from silo.shard.committer import Committer
 from silo.shard.dispatch import TaskGroupQueue
 from silo.shard.floors import Floors
@@ -77,7 +78,24 @@ class Feeder:
         if missing:
             rows = [keys.counts_key(tenant) for tenant in missing]
             for tenant, stored in zip(missing, await self._committer.read(rows), strict=True):
-                self._counters.load(tenant, stored)
+                try:
+                    counts = codec.decode(TenantCounts, stored) if stored else TenantCounts()
+                except StoreCorrupt as error:
+                    log.error("counters damaged: counting again", tenant=tenant, reason=str(error))
+                    counts = await self._counted(tenant)
+                self._counters.load(tenant, counts)
+
+    async def _counted(self, tenant: str) -> TenantCounts:
+        """The tenant's jobs by status, from the index. None of them changes before its counters are there."""
+        await self._committer.durable()
+        counts = TenantCounts()
+        start = prefix = keys.status_index_prefix(tenant)
+        while start:
+            rows = await self._store.scan(start, keys.range_end(prefix), limit=_REFILL_ROWS)
+            for key, _ in rows:
+                counts = counts.moved(None, JobStatus(key[len(prefix)]))
+            start = keys.after(rows[-1][0]) if len(rows) == _REFILL_ROWS else b""
+        return counts
 
     async def refill_timers(self, window: Window) -> None:
         """Read the next work that is not due yet."""
@@ -184,7 +202,12 @@ class Feeder:
             for key, _ in rows:
                 if key < cursor:
                     continue
-                tenant, _end = keys.read_text(key, len(queue.prefix))
+                try:
+                    tenant, _end = keys.read_text(key, len(queue.prefix))
+                except ValueError as error:
+                    log.error("row passed over: its key is damaged", key=key.hex(), reason=str(error))
+                    cursor = keys.after(key)
+                    continue
                 prefix = keys.queue_prefix(queue.task_group, tenant)
                 if not queue.admit(tenant, self._floors.start(prefix)):
                     queue.reached(cursor)
@@ -199,12 +222,16 @@ class Feeder:
 
 
 def _decodable(stored: Iterable[Row]) -> Iterator[tuple[bytes, JobState, Job | None]]:
-    """What the rows hold. One that does not decode is passed over: it must not hold up the others."""
+    """What the rows hold. A damaged one is passed over: it must not hold up the others."""
     for key, value in stored:
         try:
-            yield key, *codec.decode_queued(value)
+            state, job = codec.decode_queued(value)
+            if state.pending is None or pending_key(state) != key:
+                raise StoreCorrupt("the row holds a state that belongs elsewhere")
         except StoreCorrupt as error:
-            log.error("row passed over: it does not decode", key=key.hex(), reason=str(error))
+            log.error("row passed over: it is damaged", key=key.hex(), reason=str(error))
+        else:
+            yield key, state, job
 
 
 def _state(value: bytes | None) -> JobState | None:

@@ -6,9 +6,13 @@ ranges with a backlog, a key below which nothing is alive. It is stored in the s
 commit as whatever could make it wrong.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+from silo.errors import StoreCorrupt
 from silo.storage import codec, keys
+from silo.telemetry.logging import Log
+
+log = Log("silo.shard.floors")
 
 Rows = dict[bytes, bytes | None]
 
@@ -18,7 +22,7 @@ class Floors:
 
     def __init__(self, stored: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """`stored`: the rows of the floor family."""
-        self._floors = {row[len(keys.FLOORS) :]: codec.decode(bytes, value) for row, value in stored}
+        self._floors = dict(_decodable(stored))
 
     def __len__(self) -> int:
         return len(self._floors)
@@ -50,3 +54,12 @@ class Floors:
     def _set(self, prefix: bytes, key: bytes, rows: Rows) -> None:
         self._floors[prefix] = key
         rows[keys.floor_key(prefix)] = codec.encode(key)
+
+
+def _decodable(stored: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    """The floors, without damaged ones: a range without a floor is merely read from its start."""
+    for row, value in stored:
+        try:
+            yield row[len(keys.FLOORS) :], codec.decode(bytes, value)
+        except StoreCorrupt as error:
+            log.error("floor passed over: it does not decode", key=row.hex(), reason=str(error))

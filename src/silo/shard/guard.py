@@ -2,7 +2,8 @@
 
 What a call does that fails is unknown, so memory and store may differ: the shard must be
 opened again. A record that does not decode is another matter: it concerns whoever asked
-for it.
+for it. And what an operator asks for (flush, compact, storage_info) neither changes rows nor
+reads them, so its failure is answered and nothing else.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from silo.errors import StoreCorrupt, StoreError, StoreUnavailable
+from silo.model.storage import StorageInfo
 from silo.storage.store import Batch, Row, Store
 
 _Answer = TypeVar("_Answer")
@@ -38,23 +40,31 @@ class GuardedStore:
         await self._bounded(self._store.write(batch))
 
     async def flush(self) -> None:
-        await self._bounded(self._store.flush())
+        await self._bounded(self._store.flush(), is_harmless=True)
+
+    async def compact(self) -> None:
+        await self._bounded(self._store.compact(), is_harmless=True)
+
+    async def storage_info(self) -> StorageInfo:
+        return await self._bounded(self._store.storage_info(), is_harmless=True)
 
     async def close(self) -> None:
         await self._bounded(self._store.close())
 
-    async def _bounded(self, work: Awaitable[_Answer]) -> _Answer:
+    async def _bounded(self, work: Awaitable[_Answer], *, is_harmless: bool = False) -> _Answer:
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await work
         except StoreCorrupt:
             raise
         except StoreError as error:
-            self._tell(error)
+            if not is_harmless:
+                self._tell(error)
             raise
         except TimeoutError as error:
             late = StoreUnavailable("the store did not answer in time", timeout_s=self._timeout_s)
-            self._tell(late)
+            if not is_harmless:
+                self._tell(late)
             raise late from error
 
     def _tell(self, error: StoreError) -> None:

@@ -10,7 +10,7 @@ and whoever owns it opens it again.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from random import Random
 from typing import NoReturn
 from uuid import UUID
@@ -18,7 +18,7 @@ from uuid import UUID
 import msgspec
 
 from silo.clock import Alarm, Clock
-from silo.engine import admission, control, leasing, outcomes
+from silo.engine import admission, control, importing, leasing, outcomes
 from silo.engine.schedule import PRIORITY_STEP_MS
 from silo.errors import (
     JobExists,
@@ -26,15 +26,28 @@ from silo.errors import (
     LeaseNotFound,
     LeaseOwnerMismatch,
     Overloaded,
+    QuotaReached,
     ShardClosed,
     SiloError,
+    StateForbids,
     StoreCorrupt,
 )
 from silo.model.attempt import Attempt, Outcome
 from silo.model.change import Change
 from silo.model.counts import ShardTotals
-from silo.model.job import LEASE_MS, Delayed, Job, JobState, LeasedTask, NewJob, Ready
+from silo.model.job import (
+    LEASE_MS,
+    Delayed,
+    ImportedJob,
+    Job,
+    JobState,
+    JobStatus,
+    LeasedTask,
+    NewJob,
+    Ready,
+)
 from silo.model.shards import HashRange
+from silo.model.storage import StorageInfo
 from silo.model.view import JobView
 from silo.shard.committer import Committer, Rows
 from silo.shard.dispatch import Room, TaskGroupQueue
@@ -59,6 +72,7 @@ class ShardOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of a shard."""
 
     priority_step_ms: int = PRIORITY_STEP_MS
+    max_pending_jobs: int | None = None  # Of each tenant; None: as many as they like.
     store_timeout_s: float = 30.0  # A call to the store that takes longer counts as failed.
 
 
@@ -88,6 +102,7 @@ class Shard:
         self._clock = clock
         self._rng = rng
         self._step_ms = options.priority_step_ms
+        self._max_pending_jobs = options.max_pending_jobs
         self._counters = Counters(recovered.totals)
         self._jobs = JobCache()
         self._floors = Floors(recovered.floors)
@@ -175,6 +190,7 @@ class Shard:
 
         Raises:
             JobExists: the tenant has a job with this id; nothing was changed.
+            QuotaReached: the tenant has its limit of pending jobs; nothing was changed.
             Overloaded: too much waits to be written.
         """
         self._check_open()
@@ -188,6 +204,10 @@ class Shard:
             if self._counters.has(new.tenant):
                 break
         self._check_open()
+        most = self._max_pending_jobs
+        if most is not None and self._counters.get(new.tenant).pending >= most:
+            # After the look for the id: whoever repeats an enqueue that was taken hears that it exists.
+            await self._refuse(_quota_reached(new.tenant, most))
         change = admission.admit(
             new, job_id=job_id, now_ms=self._clock.now_ms(), priority_step_ms=self._step_ms
         )
@@ -261,6 +281,64 @@ class Shard:
         except JobNotFound:
             return
         await self._commit(lambda: control.delete(state, job))
+
+    async def import_jobs(self, *, tenant: str, jobs: Sequence[ImportedJob]) -> list[JobStatus | SiloError]:
+        """Take in jobs of one tenant with their history; for each its status now, or why it was refused.
+
+        A refusal of one job leaves the others alone. An id that comes twice is imported twice,
+        in order.
+
+        Raises:
+            StateForbids: one of the jobs runs here; nothing was changed.
+            Overloaded: too much waits to be written; nothing was changed.
+        """
+        self._check_open()
+        histories = await self._read_histories(tenant, jobs)
+        self._check_open()
+        try:
+            importing.check_none_runs(
+                history.state for history in histories.values() if isinstance(history, _History)
+            )
+        except StateForbids as refusal:
+            await self._refuse(refusal)
+        answers: list[JobStatus | SiloError] = []
+        for job in jobs:
+            try:
+                answers.append(self._import(job, histories))
+            except SiloError as refusal:
+                answers.append(refusal)
+        await self._committer.durable()
+        return answers
+
+    # Administration: a failure of these is answered and does not stop the shard
+
+    async def flush(self) -> None:
+        """Move everything so far from the store's write-ahead log into its tables.
+
+        Raises:
+            StoreError: the store failed or took too long; nothing is lost.
+        """
+        self._check_open()
+        await self._committer.durable()
+        await self._store.flush()
+
+    async def compact(self) -> None:
+        """Have the store merged in the background; returns once that is asked for.
+
+        Raises:
+            StoreError: the store failed, or is too busy for it.
+        """
+        self._check_open()
+        await self._store.compact()
+
+    async def storage_info(self) -> StorageInfo:
+        """What the store is made of.
+
+        Raises:
+            StoreError: the store failed.
+        """
+        self._check_open()
+        return await self._store.storage_info()
 
     # Commands of workers
 
@@ -366,6 +444,11 @@ class Shard:
             await self._refuse(LeaseOwnerMismatch(task_id=task_id))
         self._leases.extend(task_id, self._clock.now_ms() + LEASE_MS)
         return state.cancelled_at_ms
+
+    def task_group_of(self, task_id: str) -> str | None:
+        """The task group of a leased task; None when nobody holds it."""
+        state = self._leases.get(task_id)
+        return None if state is None else state.task_group
 
     def on_work(self, task_group: str, callback: Callable[[], None]) -> Callable[[], None]:
         """Call `callback` whenever a task of the group may have become ready; returns how to stop it."""
@@ -552,6 +635,55 @@ class Shard:
             raise StoreCorrupt("a job has a state but no description", shard=self.shard_id)
         return codec.decode(JobState, state_row), codec.decode(Job, job_row)
 
+    async def _read_histories(
+        self, tenant: str, jobs: Sequence[ImportedJob]
+    ) -> "dict[str, _History | StoreCorrupt]":
+        """What stands of these jobs, by id, and the tenant's counters: nothing is awaited after the look.
+
+        Jobs that do not exist are left out; of attempts there is what the import looks at.
+        """
+        counts = dict.fromkeys((job.id for job in jobs), 0)  # How many attempts of each are read.
+        while True:
+            await self._feeder.load_counts((tenant,))
+            rows = [keys.state_key(tenant, job_id) for job_id in counts]
+            for job_id, count in counts.items():
+                rows += [keys.attempt_key(tenant, job_id, number) for number in range(1, count + 1)]
+            values = dict(zip(rows, await self._committer.read(rows), strict=True))
+            found = {job_id: _history(values, tenant, job_id, count) for job_id, count in counts.items()}
+            is_whole = True
+            for job in jobs:
+                match found[job.id]:
+                    case _History(state=state) if importing.compares_history(state, job):
+                        if state.attempts_ended > counts[job.id]:
+                            counts[job.id] = state.attempts_ended
+                            is_whole = False
+            if is_whole and self._counters.has(tenant):
+                return {job_id: history for job_id, history in found.items() if history is not None}
+
+    def _import(self, job: ImportedJob, histories: "dict[str, _History | StoreCorrupt]") -> JobStatus:
+        history = histories.get(job.id)
+        if isinstance(history, StoreCorrupt):
+            raise history
+        now_ms = self._clock.now_ms()
+        if history is None:
+            change = importing.import_new(
+                job, new_task_id=self._new_id, now_ms=now_ms, priority_step_ms=self._step_ms
+            )
+        else:
+            change = importing.reimport(
+                history.state,
+                history.attempts,
+                job,
+                new_task_id=self._new_id,
+                now_ms=now_ms,
+                priority_step_ms=self._step_ms,
+            )
+        self._apply(change)
+        assert change.after is not None
+        earlier = history.attempts if history is not None else ()
+        histories[job.id] = _History(change.after, earlier + change.attempts)
+        return change.after.status
+
     async def _commit(self, decide: Callable[[], Change]) -> Change:
         try:
             change = decide()
@@ -595,8 +727,7 @@ class Shard:
                 queue = self._queues.get(before.task_group)
                 if queue is not None:
                     queue.remove(pending_key(before), before.tenant)
-                if after is None or after.lease is None:
-                    self._jobs.drop(before.tenant, before.job_id)
+                self._jobs.drop(before.tenant, before.job_id)
             case Delayed():
                 self._timers.remove(pending_key(before))
             case None:
@@ -660,6 +791,13 @@ class Shard:
         return str(UUID(int=self._rng.getrandbits(128), version=4))
 
 
+class _History(msgspec.Struct, frozen=True, gc=False):
+    """What an import compares with."""
+
+    state: JobState
+    attempts: tuple[Attempt, ...]
+
+
 class _Recovered(msgspec.Struct, frozen=True):
     """What opening a shard reads."""
 
@@ -667,6 +805,32 @@ class _Recovered(msgspec.Struct, frozen=True):
     totals: ShardTotals
     leases: list[Row]
     floors: list[Row]
+
+
+def _history(values: Rows, tenant: str, job_id: str, count: int) -> _History | StoreCorrupt | None:
+    """A job with its first `count` attempts; what is damaged is the trouble of this job only."""
+    row = values[keys.state_key(tenant, job_id)]
+    if row is None:
+        return None
+    try:
+        state = codec.decode(JobState, row)
+        found = [values[keys.attempt_key(tenant, job_id, number)] for number in range(1, count + 1)]
+        # There are fewer when the job was made anew while its attempts were read.
+        attempts = tuple(
+            codec.decode(Attempt, row) for row in found[: state.attempts_ended] if row is not None
+        )
+    except StoreCorrupt as error:
+        return error
+    if len(attempts) < min(count, state.attempts_ended):
+        return StoreCorrupt("attempts are missing from a job's history", job_id=job_id)
+    return _History(state, attempts)
+
+
+def _quota_reached(tenant: str, most: int) -> QuotaReached:
+    return QuotaReached(
+        f"tenant '{tenant}' has reached its limit of {most} pending jobs (tenancy.max_pending_jobs); "
+        "try again when some of them have run"
+    )
 
 
 async def _recover(store: Store, now_ms: int) -> _Recovered:

@@ -95,9 +95,8 @@ class Counters:
     def get(self, tenant: str) -> TenantCounts:
         return self._tenants[tenant]
 
-    def load(self, tenant: str, stored: bytes | None) -> None:
-        if tenant not in self._tenants:
-            self._tenants[tenant] = codec.decode(TenantCounts, stored) if stored else TenantCounts()
+    def load(self, tenant: str, counts: TenantCounts) -> None:
+        self._tenants.setdefault(tenant, counts)
 
     def move(self, tenant: str, before: JobStatus | None, after: JobStatus | None) -> None:
         """One job of `tenant` went from one status to another; None stands for "does not exist"."""
@@ -174,9 +173,10 @@ def leases_from(rows: Iterable[tuple[bytes, bytes]], *, grace_until_ms: int) -> 
     for key, value in rows:
         try:
             state = codec.decode(JobState, value)
+            if state.lease is None or keys.lease_key(state.lease.task_id) != key:
+                raise StoreCorrupt("the row holds a state that belongs elsewhere")
         except StoreCorrupt as error:  # One damaged row must not keep the shard closed.
-            log.error("lease passed over: it does not decode", key=key.hex(), reason=str(error))
+            log.error("lease passed over: it is damaged", key=key.hex(), reason=str(error))
             continue
-        assert state.lease is not None, "a lease row holds a leased state"
         leases.put(state, max(state.lease.expiry_ms, grace_until_ms))
     return leases

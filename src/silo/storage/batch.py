@@ -32,9 +32,9 @@ def write_change(change: Change, rows: MutableMapping[bytes, bytes | None]) -> N
         for name, text in change.job.metadata:
             key = keys.metadata_index_key(subject.tenant, name, text, subject.job_id)
             rows[key] = None if after is None else b""
-    if change.attempt is not None:
-        row = keys.attempt_key(subject.tenant, subject.job_id, change.attempt.attempt_number)
-        rows[row] = codec.encode(change.attempt)
+    for attempt in change.attempts:
+        row = keys.attempt_key(subject.tenant, subject.job_id, attempt.attempt_number)
+        rows[row] = codec.encode(attempt)
 
 
 def _write_state(state: JobState, job_value: bytes | None, rows: MutableMapping[bytes, bytes | None]) -> None:

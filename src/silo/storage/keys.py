@@ -62,9 +62,14 @@ def attempt_key(tenant: str, job_id: str, attempt_number: int) -> bytes:
     return _job_prefix(tenant, job_id) + _ATTEMPT + _NUMBER.pack(attempt_number)
 
 
+def status_index_prefix(tenant: str) -> bytes:
+    """What comes before the status in the index rows of a tenant."""
+    return b"i" + _text(tenant)
+
+
 def status_index_key(tenant: str, status: int, at_ms: int, job_id: str) -> bytes:
     newest_first = _TIME.pack(_TIME_MAX - min(max(at_ms, 0), _TIME_MAX))
-    return b"i" + _text(tenant) + bytes((status,)) + newest_first + _text(job_id)
+    return status_index_prefix(tenant) + bytes((status,)) + newest_first + _text(job_id)
 
 
 def metadata_index_key(tenant: str, name: str, value: str, job_id: str) -> bytes:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from silo.errors import StoreFenced, StoreUnavailable
+from silo.model.storage import SortedRun, StorageInfo
 from silo.storage.store import Batch, Row
 
 _Result = TypeVar("_Result")
@@ -29,7 +30,10 @@ class Faults:
         self._planned: dict[tuple[str, int], Fault] = {}
 
     def plan(self, operation: str, fault: Fault, *, call: int | None = None) -> None:
-        """Let the next call, or the `call`-th, of write, get, scan, flush, close or open fail."""
+        """Let the next call, or the `call`-th, of an operation fail.
+
+        Operations are open, close, get, scan, write, flush, compact and info.
+        """
         self._planned[operation, self.calls[operation] + 1 if call is None else call] = fault
 
     def clear(self) -> None:
@@ -124,6 +128,20 @@ class MemoryStore:
 
     async def flush(self) -> None:
         await self._run("flush", lambda: None)
+
+    async def compact(self) -> None:
+        await self._run("compact", lambda: None)
+
+    async def storage_info(self) -> StorageInfo:
+        """All rows as one run of one table."""
+
+        def work() -> StorageInfo:
+            rows = self._database.rows
+            size = sum(len(key) + len(value) for key, value in rows.items())
+            runs = (SortedRun(id=0, tables=1, bytes=size),) if rows else ()
+            return StorageInfo(level0_tables=0, level0_bytes=0, sorted_runs=runs)
+
+        return await self._run("info", work)
 
     async def close(self) -> None:
         if not self._is_closed:

@@ -12,9 +12,11 @@ from typing import Any  # The binding is untyped: its objects are Any throughout
 from slatedb import uniffi as slatedb
 
 from silo.errors import StoreCorrupt, StoreError, StoreFenced, StoreUnavailable
+from silo.model.storage import StorageInfo
 from silo.storage import slate_ffi
 from silo.storage.durability import Durability
 from silo.storage.local_files import LocalFiles, make_directory, os_error, plain_path
+from silo.storage.slate_compaction import Compactions
 from silo.storage.slate_settings import built, effective_settings
 from silo.storage.store import Batch, Row
 
@@ -75,11 +77,14 @@ class SlateStorage:
             database = await self._builder(path).build()
         except slatedb.Error as error:
             raise _translated(error) from error
-        local = None
-        if self.directory is not None:
-            admin = slatedb.AdminBuilder(path, self._objects).build()
-            local = LocalFiles(self.directory / name, admin)
-        store = SlateStore(database, durability=self.durability, local=local)
+        admin = slatedb.AdminBuilder(path, self._objects).build()
+        local = None if self.directory is None else LocalFiles(self.directory / name, admin)
+        store = SlateStore(
+            database,
+            durability=self.durability,
+            local=local,
+            compactions=Compactions(admin, self._settings),
+        )
         try:
             await store.start()
         except BaseException:
@@ -150,8 +155,11 @@ class SlateStorage:
 class SlateStore:
     """One SlateDB database as a `Store`. Made by `SlateStorage.open`."""
 
-    def __init__(self, database: Any, *, durability: Durability, local: LocalFiles | None) -> None:
+    def __init__(
+        self, database: Any, *, durability: Durability, local: LocalFiles | None, compactions: Compactions
+    ) -> None:
         self._database = database
+        self._compactions = compactions
         self._durability = durability
         self._local = local
         self._is_closed = False
@@ -218,6 +226,20 @@ class SlateStore:
             raise self._translated(error) from error
         if self._local is not None and self._durability is Durability.FLUSHED:
             await self._local.sweep()
+
+    async def compact(self) -> None:
+        self._check_open()
+        try:
+            await self._compactions.merge()
+        except slatedb.Error as error:
+            raise self._translated(error) from error
+
+    async def storage_info(self) -> StorageInfo:
+        self._check_open()
+        try:
+            return await self._compactions.info()
+        except slatedb.Error as error:
+            raise self._translated(error) from error
 
     async def close(self) -> None:
         if self._is_closed:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
 
+from silo.model.storage import StorageInfo
+
 Batch: TypeAlias = Mapping[bytes, bytes | None]
 """Key to value; None deletes the key. One key appears once, so order within a batch has no meaning."""
 
@@ -43,6 +45,21 @@ class Store(Protocol):
 
     async def flush(self) -> None:
         """Move what the write-ahead log holds into sorted tables in the object store."""
+
+    async def compact(self) -> None:
+        """Have the sorted runs merged in the background, which frees what deleted rows take.
+
+        Returns once that is asked for. The newest run and the tables not yet in a run stay as they
+        are, unless there is but one run: it is written anew. Runs that are being merged already
+        are left to that. No row changes, so a failure is no reason to close the store. Another
+        writer's compaction is not noticed: this may return instead of raising `StoreFenced`.
+
+        Raises:
+            StoreUnavailable: not asked for; either the store failed or it is busy merging.
+        """
+
+    async def storage_info(self) -> StorageInfo:
+        """What the store is made of. May answer instead of raising `StoreFenced`."""
 
     async def close(self) -> None:
         """Flush and release. Closing twice is harmless. A fenced store closes without an error."""

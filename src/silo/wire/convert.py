@@ -1,8 +1,17 @@
 """Between protobuf messages and model values."""
 
 from silo.errors import InvalidRequest, StateForbids
-from silo.model.attempt import Attempt, Cancelled, Failure, Outcome, Success
-from silo.model.job import DEFAULT_TENANT, LEASE_MS, JobStatus, LeasedTask, NewJob, RetryPolicy
+from silo.model.attempt import Attempt, Cancelled, Failure, Outcome, PastAttempt, Success
+from silo.model.job import (
+    DEFAULT_TENANT,
+    LEASE_MS,
+    ImportedJob,
+    JobStatus,
+    LeasedTask,
+    NewJob,
+    RetryPolicy,
+)
+from silo.model.storage import StorageInfo
 from silo.model.view import JobView
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
 
@@ -18,6 +27,45 @@ def new_job_from_pb(request: pb.EnqueueRequest, *, tenant: str) -> NewJob:
         payload=request.payload.msgpack,
         retry_policy=policy,
         metadata=tuple(sorted(request.metadata.items())),
+    )
+
+
+def imported_job_from_pb(request: pb.ImportJobRequest, *, tenant: str) -> ImportedJob:
+    policy = retry_policy_from_pb(request.retry_policy) if request.HasField("retry_policy") else None
+    return ImportedJob(
+        tenant=tenant,
+        id=request.id,
+        task_group=request.task_group,
+        priority=request.priority,
+        enqueue_time_ms=request.enqueue_time_ms,
+        start_at_ms=request.start_at_ms,
+        payload=request.payload.msgpack,
+        retry_policy=policy,
+        metadata=tuple(sorted(request.metadata.items())),
+        attempts=tuple(past_attempt_from_pb(attempt) for attempt in request.attempts),
+    )
+
+
+def past_attempt_from_pb(attempt: pb.ImportAttempt) -> PastAttempt:
+    """Details that do not belong to its status are ignored; one that is missing is empty.
+
+    Raises:
+        InvalidRequest: it has not ended, or in no way that is known.
+    """
+    outcome: Outcome
+    match attempt.status:
+        case pb.ATTEMPT_STATUS_SUCCEEDED:
+            outcome = Success(attempt.result.msgpack)
+        case pb.ATTEMPT_STATUS_FAILED:
+            outcome = Failure(attempt.error_code, attempt.error_data.msgpack)
+        case pb.ATTEMPT_STATUS_CANCELLED:
+            outcome = Cancelled()
+        case pb.ATTEMPT_STATUS_RUNNING:
+            raise InvalidRequest("import attempts must be terminal (not Running)")
+        case _:
+            raise InvalidRequest("invalid attempt status")
+    return PastAttempt(
+        started_at_ms=attempt.started_at_ms, finished_at_ms=attempt.finished_at_ms, outcome=outcome
     )
 
 
@@ -110,6 +158,13 @@ def job_result_to_pb(view: JobView) -> pb.GetJobResultResponse:
     return response
 
 
+def import_result_to_pb(job_id: str, answer: JobStatus | str) -> pb.ImportJobResult:
+    """`answer`: the status that an import gave the job, or why it did not."""
+    if isinstance(answer, str):
+        return pb.ImportJobResult(id=job_id, error=answer, status=pb.JOB_STATUS_FAILED)
+    return pb.ImportJobResult(id=job_id, success=True, status=pb.JobStatus.Name(answer))
+
+
 def task_to_pb(leased: LeasedTask, *, shard: str) -> pb.Task:
     job, state = leased.job, leased.state
     assert state.lease is not None, "a task is handed out under a lease"
@@ -126,6 +181,19 @@ def task_to_pb(leased: LeasedTask, *, shard: str) -> pb.Task:
         shard=shard,
         task_group=state.task_group,
         lease_ms=LEASE_MS,
+    )
+
+
+def storage_info_to_pb(info: StorageInfo) -> pb.GetShardStorageInfoResponse:
+    return pb.GetShardStorageInfoResponse(
+        l0_sst_count=info.level0_tables,
+        total_l0_size=info.level0_bytes,
+        sorted_run_count=len(info.sorted_runs),
+        total_sorted_run_size=sum(run.bytes for run in info.sorted_runs),
+        sorted_runs=[
+            pb.SortedRunInfo(id=run.id, sst_count=run.tables, estimated_size=run.bytes)
+            for run in info.sorted_runs
+        ],
     )
 
 

@@ -103,8 +103,13 @@ def payload(data: bytes) -> None:
         raise InvalidRequest(f"payload too large (must be <= {PAYLOAD_BYTES_MAX} bytes)")
 
 
+def imported_id(value: str) -> None:
+    if not value:
+        raise InvalidRequest("job id is required for import")
+
+
 def task_group(name: str, *, is_new: bool) -> None:
-    """`is_new`: the call stores it, so its length counts."""
+    """`is_new`: the call introduces it, so its length counts; imports bring what exists elsewhere."""
     if not name:
         raise InvalidRequest("task_group is required")
     if is_new and len(name) > TASK_GROUP_CHARS_MAX:

@@ -28,7 +28,11 @@ class Task(Generic[P, M]):
 
 
 class CancellationSignal:
-    """Set when the job was cancelled or its lease was lost. Never by stopping the worker."""
+    """Set when a handler should come to an end.
+
+    For a job: it was cancelled or its lease was lost, and never because the worker stops. For a
+    refresh task: the worker stops.
+    """
 
     def __init__(self) -> None:
         self._event = asyncio.Event()

@@ -11,6 +11,10 @@ from silo import (
     JobHandle,
     JobResult,
     JobStatus,
+    LeasedTask,
+    LeasedTasks,
+    RefreshTask,
+    RefreshTaskContext,
     RetryPolicy,
     SiloGRPCClient,
     SiloWorker,
@@ -70,6 +74,25 @@ async def loose(ctx: TaskContext[Any, dict[str, str]]) -> None:
     return None
 
 
+async def refresh(ctx: RefreshTaskContext) -> int:
+    assert_type(ctx.task, RefreshTask)
+    assert_type(ctx.task.metadata["api"], str)
+    assert_type(ctx.task.tenant, str | None)
+    assert_type(ctx.signal.aborted, bool)
+    return ctx.task.current_max_concurrency + 1
+
+
+async def lease_by_hand(client: SiloGRPCClient) -> None:
+    leased = await client.lease_tasks(worker_id="w", max_tasks=1, task_group="emails")
+    assert_type(leased, LeasedTasks)
+    assert_type(leased.tasks, tuple[LeasedTask, ...])
+    for task in leased.refresh_tasks:
+        await client.report_refresh_outcome(task_id=task.id, shard=task.shard, new_max_concurrency=5)
+        await client.report_refresh_outcome(
+            task_id=task.id, shard=task.shard, failure_code="X", failure_message="why", tenant=task.tenant
+        )
+
+
 def on_error(error: BaseException, context: ErrorContext) -> None:
     print(error, context.task_id)
 
@@ -85,6 +108,7 @@ async def main() -> None:
             worker_id="w",
             task_group="emails",
             handler=send,
+            refresh_handler=refresh,
             tenant=None,
             max_concurrent_tasks=10,
             concurrent_pollers=1,
@@ -97,7 +121,12 @@ async def main() -> None:
             client=client, worker_id="w", task_group="emails", handler=send_plainly, payload_type=EmailPayload
         )
         inferred = SiloWorker(
-            client=client, worker_id="w", task_group="reports", handler=build, payload_type=Report
+            client=client,
+            worker_id="w",
+            task_group="reports",
+            handler=build,
+            payload_type=Report,
+            refresh_handler=refresh,
         )
         untyped = SiloWorker(client=client, worker_id="w", task_group="any", handler=loose)
         outcome = SiloWorker(client=client, worker_id="w", task_group="emails", handler=send)

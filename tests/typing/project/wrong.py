@@ -2,7 +2,7 @@
 
 from typing import TypedDict
 
-from silo import SiloGRPCClient, SiloWorker, Success, TaskContext
+from silo import RefreshTaskContext, SiloGRPCClient, SiloWorker, Success, TaskContext
 
 
 class Payload(TypedDict):
@@ -32,6 +32,11 @@ async def plain(ctx: TaskContext[Payload, dict[str, str]]) -> str:
 
 def blocking(ctx: TaskContext[Payload, dict[str, str]]) -> Success[str]:
     return Success("but not async")
+
+
+async def refresh(ctx: RefreshTaskContext) -> str:
+    print(ctx.task.job_id)  # error: attr-defined
+    return "5"
 
 
 async def main() -> None:
@@ -64,4 +69,15 @@ async def main() -> None:
         worker_id="w",
         task_group="g",
         handler=plain,  # error: arg-type
+    )
+    SiloWorker(
+        client=client,
+        worker_id="w",
+        task_group="g",
+        handler=good,
+        refresh_handler=refresh,  # error: arg-type
+    )
+    await client.report_refresh_outcome(task_id="r", shard="s")  # error: call-overload
+    await client.report_refresh_outcome(  # error: call-overload
+        task_id="r", shard="s", new_max_concurrency=1, failure_code="X", failure_message="why"
     )

@@ -1,0 +1,171 @@
+"""Job tasks: run the handler on one, report what it did, give it up when its lease is lost."""
+
+import asyncio
+import enum
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Generic, TypeVar, cast
+
+import msgspec
+
+from silo.client.client import SiloGRPCClient
+from silo.client.errors import (
+    SiloClientError,
+    SiloFailedPreconditionError,
+    TaskLeaseLostError,
+    TaskNotFoundError,
+)
+from silo.client.messages import Outcome, report_to_pb
+from silo.client.outcome import Cancelled, Failure, Success
+from silo.client.types import Heartbeat, LeasedTask
+from silo.wire.payload import decode
+from silo.wire.pb.silo.v1 import silo_pb2 as pb
+from silo.worker.context import CancellationSignal, Task, TaskContext
+from silo.worker.errors import ErrorReports, error_data, is_being_cancelled
+from silo.worker.held import HeldTask
+
+log = logging.getLogger(__name__)
+
+P = TypeVar("P")
+M = TypeVar("M", bound=Mapping[str, object])
+R = TypeVar("R")
+
+# Two forms of handlers, because from one type with both `Success[R]` and `R` no type checker tells what R is.
+OutcomeHandler = Callable[[TaskContext[P, M]], Awaitable[Success[R] | Failure | Cancelled]]
+ValueHandler = Callable[[TaskContext[P, M]], Awaitable[R | Failure | Cancelled]]
+
+
+class _Reason(enum.Enum):
+    SERVER = "server"
+    CLIENT = "client"
+    LEASE_LOST = "lease-lost"
+
+
+class HeldJobTask(HeldTask, Generic[P, M, R]):
+    """A task that runs an attempt of a job."""
+
+    def __init__(
+        self,
+        leased: LeasedTask,
+        *,
+        client: SiloGRPCClient,
+        handler: OutcomeHandler[P, M, R] | ValueHandler[P, M, R],
+        payload_type: type[P] | None,
+        report_error: ErrorReports,
+    ) -> None:
+        super().__init__(leased, job_id=leased.job_id, tenant=leased.tenant_id)
+        self._leased = leased
+        self._client = client
+        self._handler = handler
+        self._payload_type = payload_type
+        self._report_error = report_error
+        self._signal = CancellationSignal()
+        self._reason: _Reason | None = None
+
+    @property
+    def is_lost(self) -> bool:
+        return self._reason is _Reason.LEASE_LOST
+
+    @property
+    def needs_heartbeats(self) -> bool:
+        """Also when it was cancelled: the handler may take its time to clean up."""
+        return not self.is_settled and not self.is_lost
+
+    @property
+    def bars_redelivery(self) -> bool:
+        return not self.is_lost
+
+    async def run(self) -> None:
+        report = await self._run_handler()
+        self.is_settled = True
+        # From here to the sending of the report nothing is awaited: what was noticed by now counts.
+        if self.is_lost:
+            return
+        if self._reason is not None:
+            report = self._encoded(Cancelled())
+        try:
+            await self._client.send_report(report, shard=self.shard)
+        except TaskNotFoundError as error:
+            # An earlier try may have been stored although its answer was lost. That is no loss.
+            if not error.after_retry or not await self._was_stored():
+                raise
+
+    async def _run_handler(self) -> pb.ReportOutcomeRequest:
+        """Run the handler; whatever it does becomes an outcome that can be sent."""
+        try:
+            returned = await self._handler(self._context())
+            if not isinstance(returned, Success | Failure | Cancelled):
+                returned = Success(returned)
+            return self._encoded(returned)
+        except asyncio.CancelledError as error:
+            if is_being_cancelled():
+                raise  # The worker is torn down; this is not the handler's own doing.
+            failure = Failure("HANDLER_ERROR", error_data(error))
+        except Exception as error:  # The edge around user code.
+            failure = Failure("HANDLER_ERROR", error_data(error))
+        return self._encoded(failure)
+
+    def _encoded(self, outcome: Outcome) -> pb.ReportOutcomeRequest:
+        return report_to_pb(outcome, task_id=self.id, tenant=self.tenant)
+
+    def _context(self) -> TaskContext[P, M]:
+        leased = self._leased
+        payload = decode(leased.payload_bytes, field="payload")
+        if self._payload_type is not None:
+            payload = msgspec.convert(payload, self._payload_type)
+        task = Task(
+            id=leased.id,
+            job_id=leased.job_id,
+            payload=cast(P, payload),
+            metadata=cast(M, leased.metadata),
+            attempt_number=leased.attempt_number,
+            relative_attempt_number=leased.relative_attempt_number,
+            is_last_attempt=leased.is_last_attempt,
+            priority=leased.priority,
+            task_group=leased.task_group,
+            tenant_id=leased.tenant_id,
+            shard=leased.shard,
+            lease_ms=leased.lease_ms,
+        )
+        return TaskContext(task, self._signal, self._cancel_job)
+
+    async def _cancel_job(self) -> None:
+        if self._reason is not None or self.is_settled:
+            return
+        self._cancel(_Reason.CLIENT)
+        job_id = self._leased.job_id
+        try:
+            await self._client.cancel_job(job_id, self.tenant)
+        except SiloClientError as error:
+            # Cancelled or over already: either way it ends as cancelled here.
+            log.debug("[SiloWorker] Cancel of job %s was refused: %s", job_id, error)
+
+    def _cancel(self, reason: _Reason) -> None:
+        if self._reason is None or reason is _Reason.LEASE_LOST:
+            self._reason = reason
+        self._signal.abort()
+
+    async def _was_stored(self) -> bool:
+        job = await self._client.get_job(self._leased.job_id, self.tenant, include_attempts=True)
+        return any(
+            attempt.task_id == self.id
+            and attempt.status != "Running"
+            and attempt.error_code != "WORKER_CRASHED"
+            for attempt in job.attempts or ()
+        )
+
+    def heartbeat_answered(self, answer: Heartbeat) -> None:
+        if answer.cancelled:
+            self._cancel(_Reason.SERVER)
+
+    def heartbeat_failed(self, error: BaseException) -> None:
+        if self.is_settled:
+            return  # The usual race with the report.
+        is_lost = (
+            isinstance(error, TaskNotFoundError) and "lease not found" in (error.grpc_message or "")
+        ) or (isinstance(error, SiloFailedPreconditionError) and "lease owner mismatch" in error.grpc_message)
+        if not is_lost:
+            self._report_error(error, self.id)
+        elif not self.is_lost:
+            self._cancel(_Reason.LEASE_LOST)
+            self._report_error(TaskLeaseLostError(self.id, self._leased.job_id, error), self.id)

@@ -234,6 +234,7 @@ async def test_calls_beyond_the_streams_of_a_connection_wait_for_their_turn() ->
         third = asyncio.ensure_future(server.stub.GetClusterInfo(info))
         async with stub_of(server.address) as other:
             await other.GetClusterInfo(info)  # Another connection has streams of its own.
+            assert not third.done()
             shard = server.shard
             for id in ("a", "b"):
                 await other.Enqueue(

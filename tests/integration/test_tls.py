@@ -196,7 +196,6 @@ def files_are_swapped(tls: TlsConfig, folder: Path) -> None:
 
 
 def key_is_another(tls: TlsConfig, folder: Path) -> None:
-    Authority(folder, "another").issue("server")[0].write_bytes(Path(tls.cert_path or "").read_bytes())
     Path(tls.key_path or "").write_bytes(
         _pem(ec.generate_private_key(ec.SECP256R1()), serialization.NoEncryption())
     )

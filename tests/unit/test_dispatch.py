@@ -10,9 +10,8 @@ from silo.clock import VirtualClock
 from silo.model.job import LEASE_MS, LeasedTask
 from silo.shard import dispatch
 from silo.shard.shard import Shard
-from silo.storage import keys
 from silo.storage.memory import MemoryStorage
-from tests.builders import DONE, GROUP, SHARD, a_job, a_policy, open_shard, reopened
+from tests.builders import DONE, GROUP, a_job, a_policy, open_shard, reopened
 
 _AT_ONCE = a_policy(1, initial_interval_ms=0)
 
@@ -213,32 +212,3 @@ async def test_a_task_above_the_bound_goes_alone(monkeypatch: pytest.MonkeyPatch
         await shard.enqueue(a_job("last", priority=2))
         answers = [await lease_ids(shard, 9) for _ in range(3)]
         assert answers == [["small"], ["large"], ["last"]]
-
-
-async def _damage(storage: MemoryStorage, prefix: bytes) -> None:
-    """Overwrite the first row of a range."""
-    [key, *_] = sorted(row for row in storage.snapshot(SHARD) if row.startswith(prefix))
-    store = await storage.open(SHARD)
-    await store.write({key: b"\x01damaged"})
-    await store.close()
-
-
-@pytest.mark.parametrize("family", ["queue", "job", "lease", "timer"])
-async def test_a_damaged_row_delays_nothing_else(family: str) -> None:
-    storage, clock = MemoryStorage(), VirtualClock()
-    async with open_shard(storage, clock=clock) as shard:
-        await shard.enqueue(a_job("1-leased", retry_policy=_AT_ONCE))
-        await lease(shard)
-        payload = bytes(2_000) if family == "job" else b""  # Too large to be in the queue row too.
-        for job_id in ("2", "3"):
-            await shard.enqueue(a_job(job_id, payload=payload))
-            await shard.enqueue(a_job(f"{job_id}-later", start_at_ms=clock.now_ms() + 1_000))
-    prefixes = {"queue": b"q", "job": keys.job_key("-", "2"), "lease": b"l", "timer": b"t"}
-    await _damage(storage, prefixes[family])
-    async with open_shard(storage, clock=clock) as shard:
-        clock.advance_ms(2 * LEASE_MS)
-        await shard.tick()
-        leased = await lease_ids(shard, 10)
-    expected = {"1-leased", "2", "3", "2-later", "3-later"}
-    damaged = {"queue": "2", "job": "2", "lease": "1-leased", "timer": "2-later"}[family]
-    assert set(leased) == expected - {damaged}

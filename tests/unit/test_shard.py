@@ -243,6 +243,18 @@ async def test_ids_are_drawn_when_none_is_given() -> None:
         assert len({await shard.enqueue(a_job(None)) for _ in range(20)}) == 20
 
 
+async def test_a_new_job_under_an_old_id_runs_with_its_own_payload() -> None:
+    async with open_shard() as shard:
+        assert not await shard.lease_tasks(worker_id="w", task_group=GROUP, max_tasks=1)
+        await shard.enqueue(a_job("daily", payload="monday"))  # The group was asked for: it is cached.
+        monday = await shard.lease_one(tenant=T, job_id="daily", worker_id="w")
+        await shard.report(task_id(monday), DONE)
+        await shard.delete(tenant=T, job_id="daily")
+        await shard.enqueue(tuesday := a_job("daily", payload="tuesday"))
+        [task] = await shard.lease_tasks(worker_id="w", task_group=GROUP, max_tasks=1)
+        assert task.job.payload == tuesday.payload
+
+
 async def test_of_many_enqueues_with_one_id_one_wins() -> None:
     async with open_shard() as shard:
         answers = await asyncio.gather(

@@ -54,6 +54,7 @@ from silo.shard.dispatch import Room, TaskGroupQueue
 from silo.shard.feeder import Feeder
 from silo.shard.floors import Floors
 from silo.shard.guard import GuardedStore
+from silo.shard.listeners import Listeners
 from silo.shard.views import Counters, JobCache, leases_from
 from silo.shard.window import Window
 from silo.storage import codec, keys
@@ -118,7 +119,7 @@ class Shard:
             jobs=self._jobs,
             failed=self._fail,
         )
-        self._listeners: dict[str, set[Callable[[], None]]] = {}
+        self._listeners = Listeners(self._has_work)
         self._alarm: Alarm | None = None
         self._alarm_at_ms: int | None = None
         self._due = asyncio.Event()
@@ -451,16 +452,16 @@ class Shard:
         return None if state is None else state.task_group
 
     def on_work(self, task_group: str, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call `callback` whenever a task of the group may have become ready; returns how to stop it."""
-        listeners = self._listeners.setdefault(task_group, set())
-        listeners.add(callback)
+        """Call `callback` when a task of the group became ready for whoever waits; returns how to stop it.
 
-        def stop() -> None:
-            listeners.discard(callback)
-            if not listeners:
-                self._listeners.pop(task_group, None)
+        One waiter is called for each task, so look for work after each call, and stop as soon
+        as nobody waits any more.
+        """
+        return self._listeners.add(task_group, callback)
 
-        return stop
+    def _has_work(self, task_group: str) -> bool:
+        queue = self._queues.get(task_group)
+        return queue is not None and not queue.is_empty
 
     # Time
 
@@ -596,9 +597,7 @@ class Shard:
             self._alarm.cancel()
         self._due.set()
         self._stopped.set()
-        for listeners in list(self._listeners.values()):
-            for callback in list(listeners):
-                callback()
+        self._listeners.wake_all()
 
     def _fail(self, cause: BaseException) -> None:
         """The store cannot be trusted any more: stop, and tell whoever waits."""
@@ -760,8 +759,7 @@ class Shard:
             queue.insert(key, state, self._floors.start(prefix))
             if job is not None and self._jobs.has_room(job):
                 self._jobs.put(job)
-        for callback in list(self._listeners.get(state.task_group, ())):
-            callback()
+        self._listeners.wake_one(state.task_group)
 
     def _queue(self, task_group: str) -> TaskGroupQueue:
         queue = self._queues.get(task_group)

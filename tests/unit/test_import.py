@@ -282,7 +282,7 @@ async def test_an_imported_job_is_described_as_it_was_given() -> None:
         assert (state.priority, state.retry_policy, state.task_group) == (3, policy, "g" * 65)
         assert (job.payload, job.metadata) == (b"\xc3", (("a", "1"), ("b", "2")))
         assert (job.enqueue_time_ms, job.created_at_ms) == (77, here.clock.now_ms())
-        assert state.payload_bytes == 1
+        assert state.payload_bytes == len("j") + 1 + len("a1b2")
 
 
 @pytest.mark.parametrize("given", [0, -5])

@@ -2,7 +2,7 @@
 
 from silo.engine.schedule import pending_at
 from silo.model.change import Change
-from silo.model.job import Job, JobState, JobStatus, NewJob
+from silo.model.job import Job, JobState, JobStatus, NewJob, task_bytes
 
 
 def admit(new: NewJob, *, job_id: str, now_ms: int, priority_step_ms: int) -> Change:
@@ -18,7 +18,7 @@ def admit(new: NewJob, *, job_id: str, now_ms: int, priority_step_ms: int) -> Ch
         changed_at_ms=now_ms,
         attempts_ended=0,
         relative_attempt_number=1,
-        payload_bytes=len(new.payload),
+        payload_bytes=task_bytes(job_id, new.payload, new.metadata),
         next_start_ms=start_at_ms,
         pending=pending_at(start_at_ms, new.priority, now_ms=now_ms, priority_step_ms=priority_step_ms),
     )

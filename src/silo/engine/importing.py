@@ -11,7 +11,7 @@ from silo.engine.schedule import pending_at
 from silo.errors import InvalidRequest, StateForbids
 from silo.model.attempt import Attempt, Cancelled, Failure, Outcome, PastAttempt, Success
 from silo.model.change import Change
-from silo.model.job import ImportedJob, Job, JobState, JobStatus, RetryPolicy
+from silo.model.job import ImportedJob, Job, JobState, JobStatus, RetryPolicy, task_bytes
 
 
 def check_none_runs(states: Iterable[JobState]) -> None:
@@ -46,7 +46,7 @@ def import_new(
         changed_at_ms=now_ms,
         attempts_ended=0,
         relative_attempt_number=1,
-        payload_bytes=len(given.payload),
+        payload_bytes=task_bytes(given.id, given.payload, given.metadata),
     )
     job = Job(
         tenant=given.tenant,

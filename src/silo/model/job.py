@@ -68,6 +68,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     metadata: tuple[tuple[str, str], ...] = ()
 
 
+def task_bytes(job_id: str, payload: bytes, metadata: tuple[tuple[str, str], ...]) -> int:
+    """How much of an answer the texts of a task of this job take, in bytes."""
+    return len(job_id) + len(payload) + sum(len(name) + len(value.encode()) for name, value in metadata)
+
+
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
     """Due: waits in its task group's queue, in the order of `deadline_ms`."""
 
@@ -108,7 +113,7 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=Fa
     changed_at_ms: int
     attempts_ended: int  # Attempts with a stored record; the pending or running one is the next.
     relative_attempt_number: int  # Of the pending, running or last attempt; restarts at 1.
-    payload_bytes: int = 0  # So that memory can be planned before the job is read.
+    payload_bytes: int = 0  # `task_bytes` of the job, to plan memory and answers before it is read.
     next_start_ms: int | None = None  # Kept when a job is cancelled while Scheduled.
     cancelled_at_ms: int | None = None
     pending: Pending | None = None

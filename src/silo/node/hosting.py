@@ -7,7 +7,7 @@ shard is away its callers are told to try again; the other shards do not notice.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from random import Random
 
 from silo.clock import Clock
@@ -24,6 +24,9 @@ REOPEN_DELAY_MIN_S = 0.05
 REOPEN_DELAY_MAX_S = 5.0
 START_TIMEOUT_S = 30.0  # After it the node serves what is open; the rest goes on opening.
 OPEN_TIMEOUT_S = 60.0
+READ_PATIENCE_S = 1.0  # How long a poll waits for a shard that reads, with nothing in hand, ...
+READ_MORE_PATIENCE_S = 0.05  # ... and with something.
+DURABLE_TIMEOUT_S = 5.0  # Of leases, which are 10 s long: those of a slower shard run out.
 CLOSE_TIMEOUT_S = 25.0  # With the drain of the listener before it: 30 s in all.
 _STEADY_S = 60.0  # A shard that was open this long is reopened after the shortest delay again.
 
@@ -113,26 +116,25 @@ class HostedNode:
     async def _lease_ready(
         self, worker_id: str, task_group: str, max_tasks: int
     ) -> list[tuple[str, LeasedTask]]:
+        """What the shards have, without waiting long for one that does not answer."""
         room = Room(max_tasks)
-        shards = list(self._open.values())
-        self._rng.shuffle(shards)
-        asked: list[tuple[Shard, list[LeasedTask]]] = []
-        for shard in shards:
-            if room.is_full:
+        taken: dict[Shard, list[LeasedTask]] = {}
+        while not room.is_full:
+            reading: set[asyncio.Task[None]] = set()
+            for shard in self._rng.sample(list(self._open.values()), len(self._open)):
+                with suppress(ShardClosed, StoreError, Overloaded):
+                    tasks, feeding = shard.take_loaded(worker_id=worker_id, task_group=task_group, room=room)
+                    if tasks:
+                        taken.setdefault(shard, []).extend(tasks)
+                    if feeding is not None:
+                        reading.add(feeding)
+            if not reading:
                 break
-            try:
-                tasks = await shard.take_tasks(worker_id=worker_id, task_group=task_group, room=room)
-            except (ShardClosed, StoreError, Overloaded):
-                continue
-            if tasks:
-                asked.append((shard, tasks))
-        answers = await asyncio.gather(*(shard.durable() for shard, _ in asked), return_exceptions=True)
-        return [
-            (shard.shard_id, task)
-            for (shard, tasks), answer in zip(asked, answers, strict=True)
-            if answer is None  # Otherwise its shard has stopped, and nobody was told of these leases.
-            for task in tasks
-        ]
+            patience_s = READ_PATIENCE_S if not taken else READ_MORE_PATIENCE_S
+            read, _ = await asyncio.wait(reading, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+            if not read:
+                break
+        return await _once_durable(taken) if taken else []
 
     async def reset_shards(self) -> int:
         """Delete everything in all shards; how many were emptied. Goes on when the caller does not.
@@ -175,6 +177,8 @@ class HostedNode:
         self._is_closing = True
         for wake in list(self._opened):
             wake()
+        for shard in self._open.values():
+            shard.end_waits()
 
     async def close(self) -> None:
         """Close all shards. What was acknowledged is durable either way. Closing twice is harmless."""
@@ -268,6 +272,18 @@ class HostedNode:
             await asyncio.wait({closed, stopping})
             await shard.close()
         return None if closed.cancelled() else closed.result()
+
+
+async def _once_durable(taken: dict[Shard, list[LeasedTask]]) -> list[tuple[str, LeasedTask]]:
+    """The tasks whose leases are durable soon enough to be worth anything. Nobody was told of the others."""
+    waits = {asyncio.ensure_future(shard.durable()): shard for shard in taken}
+    try:
+        done, _ = await asyncio.wait(waits, timeout=DURABLE_TIMEOUT_S)
+    finally:
+        for wait in waits:
+            wait.cancel()
+    kept = [waits[wait] for wait in done if wait.exception() is None]
+    return [(shard.shard_id, task) for shard in kept for task in taken[shard]]
 
 
 @asynccontextmanager

@@ -11,6 +11,7 @@ room for them. Everything here can be dropped and read again.
 """
 
 from collections.abc import Callable
+from itertools import islice
 
 from silo.model.job import JobState
 from silo.shard.window import Window
@@ -137,7 +138,7 @@ class TaskGroupQueue:
 
     def preview(self, count: int) -> list[JobState]:
         """The next tasks in about the order of `take`, without taking them."""
-        windows = list(self._residents.values())
+        windows = list(islice(self._residents.values(), count))
         found: list[JobState] = []
         index = 0
         while windows and len(found) < count:

@@ -99,7 +99,11 @@ class Feeder:
 
     async def refill_timers(self, window: Window) -> None:
         """Read the next work that is not due yet."""
-        await self._once("timers", lambda: self._refill(window, keys.TIMERS, keys.range_end(keys.TIMERS)))
+        await self._once("timers", lambda: self._refill_timers(window))
+
+    async def _refill_timers(self, window: Window) -> None:
+        await self._refill(window, keys.TIMERS, keys.range_end(keys.TIMERS))
+        self._note_floor(window, keys.TIMERS)
 
     def stop(self) -> None:
         for task in self._running.values():
@@ -129,7 +133,9 @@ class Feeder:
                 continue
             prefix = keys.queue_prefix(queue.task_group, tenant)
             await self._refill(window, prefix, keys.range_end(prefix))
-            queue.settle(tenant)
+            if queue.window(tenant) is window:  # A window that was let go meanwhile knows no floor.
+                self._note_floor(window, prefix)
+                queue.settle(tenant)
 
     async def _refill(self, window: Window, prefix: bytes, end: bytes) -> None:
         outstanding = self._committer.outstanding(window.bound or prefix, end)
@@ -148,6 +154,8 @@ class Feeder:
         for key, state, job in reversed(rows):
             if job is not None and window.get(key) is state:
                 self._jobs.put(job)
+
+    def _note_floor(self, window: Window, prefix: bytes) -> None:
         first = window.first_key
         if window.is_complete:
             self._floors.drop(prefix, self._committer.rows)

@@ -11,6 +11,7 @@ and whoever owns it opens it again.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import islice
 from random import Random
 from typing import NoReturn
 from uuid import UUID
@@ -61,12 +62,14 @@ from silo.storage import codec, keys
 from silo.storage.batch import pending_key, write_change
 from silo.storage.store import Row, Store
 
-GROUP_ROWS_MAX = 100_000  # Rows in the open group before commands are refused.
+GROUP_ROWS_MAX = 100_000  # Rows in the open group, and bytes of new jobs, before commands are refused.
+GROUP_BYTES_MAX = 256 << 20
 _TICK_TASKS = 512
 _TIMER_WINDOW = 512
 _SCAN_ROWS = 4096
 _CLOSE_TIMEOUT_S = 30.0
 _QUEUES_MAX = 10_000  # Task groups in memory, before idle ones are dropped.
+_QUEUES_LOOKED_AT = 16  # For each new one beyond.
 
 
 class ShardOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,6 +123,8 @@ class Shard:
             failed=self._fail,
         )
         self._listeners = Listeners(self._has_work)
+        self._open_bytes = 0  # Of new jobs in the open group.
+        self._ends_waits = False
         self._alarm: Alarm | None = None
         self._alarm_at_ms: int | None = None
         self._due = asyncio.Event()
@@ -354,29 +359,44 @@ class Shard:
         room = Room(max_tasks)
         deadline_ms = self._clock.now_ms() + wait_ms
         while not room.is_full:
-            taken = await self.take_tasks(worker_id=worker_id, task_group=task_group, room=room)
+            taken = await self._take_tasks(worker_id, task_group, room)
             if taken:
                 await self._committer.durable()
                 return taken
-            if self._clock.now_ms() >= deadline_ms:
+            if self._ends_waits or self._clock.now_ms() >= deadline_ms:
                 break
             await self._work_or_deadline(task_group, deadline_ms)
         return []
 
-    async def take_tasks(self, *, worker_id: str, task_group: str, room: Room) -> list[LeasedTask]:
-        """Lease what is due and fits, reading on in the store while it has more.
-
-        For callers who ask several shards: the leases count once `durable` has returned.
-        """
+    async def _take_tasks(self, worker_id: str, task_group: str, room: Room) -> list[LeasedTask]:
+        """Lease what is due and fits, reading on in the store while it has more."""
         taken: list[LeasedTask] = []
+        self._check_open()
         while True:
-            self._check_open()
-            queue = self._queue(task_group)
-            taken += self._take(queue, worker_id, room)
-            feeding = self._feeder.feed(queue, room.tasks)
+            # What was taken is told, however much waits to be written by now.
+            found, feeding = self._take_loaded(worker_id, task_group, room)
+            taken += found
             if feeding is None or room.is_full:
                 return taken
             await asyncio.wait({feeding})
+
+    def take_loaded(
+        self, *, worker_id: str, task_group: str, room: Room
+    ) -> tuple[list[LeasedTask], asyncio.Task[None] | None]:
+        """Lease what is due, fits and is in memory; and what to wait for if there is more.
+
+        For callers who ask several shards: the leases count once `durable` has returned.
+        """
+        self._check_open()
+        return self._take_loaded(worker_id, task_group, room)
+
+    def _take_loaded(
+        self, worker_id: str, task_group: str, room: Room
+    ) -> tuple[list[LeasedTask], asyncio.Task[None] | None]:
+        self._check_running()
+        queue = self._queue(task_group)
+        taken = self._take(queue, worker_id, room)
+        return taken, self._feeder.feed(queue, room.tasks)
 
     async def durable(self) -> None:
         """Wait until everything so far is durable."""
@@ -409,11 +429,11 @@ class Shard:
         Raises:
             LeaseNotFound: the lease ran out or was reported; forget the task.
         """
-        self._check_open()
+        self._check_running()
         state = self._leases.get(task_id)
         while state is not None and not self._counters.has(state.tenant):
             await self._feeder.load_counts((state.tenant,))
-            self._check_open()
+            self._check_running()
             state = self._leases.get(task_id)
         if state is None:
             await self._refuse(LeaseNotFound(task_id=task_id))
@@ -436,7 +456,7 @@ class Shard:
             LeaseNotFound: the lease ran out or was reported; stop working.
             LeaseOwnerMismatch: another worker has it; stop working.
         """
-        self._check_open()
+        self._check_running()
         state = self._leases.get(task_id)
         if state is None:
             await self._refuse(LeaseNotFound(task_id=task_id))
@@ -458,6 +478,11 @@ class Shard:
         as nobody waits any more.
         """
         return self._listeners.add(task_group, callback)
+
+    def end_waits(self) -> None:
+        """Let everyone who waits for work go home, now and from now on."""
+        self._ends_waits = True
+        self._listeners.wake_all()
 
     def _has_work(self, task_group: str) -> bool:
         queue = self._queues.get(task_group)
@@ -607,10 +632,14 @@ class Shard:
     def _is_stopped(self) -> bool:
         return self._stopped.is_set()
 
-    def _check_open(self) -> None:
+    def _check_running(self) -> None:
         if self._is_stopped:
             raise ShardClosed("shard closed", shard=self.shard_id) from self._stop_cause
-        if len(self._committer.rows) > GROUP_ROWS_MAX:
+
+    def _check_open(self) -> None:
+        """Whether commands that add work are taken. Those that end work always are."""
+        self._check_running()
+        if len(self._committer.rows) > GROUP_ROWS_MAX or self._open_bytes > GROUP_BYTES_MAX:
             raise Overloaded("too many changes wait to be written; try again", shard=self.shard_id)
 
     # Steps that commands share
@@ -713,6 +742,9 @@ class Shard:
         before, after = change.before, change.after
         rows = self._committer.rows
         write_change(change, rows)
+        if change.job is not None:  # Created or deleted: whatever is cached under its id is another job.
+            self._jobs.drop(change.job.tenant, change.job.id)
+            self._open_bytes += change.subject.payload_bytes
         if before is not None:
             self._leave(before, after)
         if after is not None:
@@ -765,7 +797,16 @@ class Shard:
         queue = self._queues.get(task_group)
         if queue is None:
             queue = self._queues[task_group] = TaskGroupQueue(task_group)
+            if len(self._queues) > _QUEUES_MAX:
+                self._forget_idle_queues()
         return queue
+
+    def _forget_idle_queues(self) -> None:
+        """Drop what is empty and not waited for, of those that were not looked at for longest."""
+        for name in list(islice(self._queues, _QUEUES_LOOKED_AT)):
+            queue = self._queues.pop(name)
+            if not queue.is_empty or name in self._listeners:
+                self._queues[name] = queue
 
     async def _work_or_deadline(self, task_group: str, deadline_ms: int) -> None:
         woken = asyncio.Event()
@@ -778,12 +819,9 @@ class Shard:
             alarm.cancel()
 
     def _seal(self, rows: Rows) -> None:
+        self._open_bytes = 0
         self._counters.seal(rows)
         self._counters.trim()
-        if len(self._queues) > _QUEUES_MAX:
-            for name in [name for name, queue in self._queues.items() if queue.is_empty]:
-                if name not in self._listeners:
-                    del self._queues[name]
 
     def _new_id(self) -> str:
         return str(UUID(int=self._rng.getrandbits(128), version=4))

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from silo.errors import StoreCorrupt
 from silo.model.counts import ShardTotals, TenantCounts
-from silo.model.job import Job, JobState, JobStatus
+from silo.model.job import Job, JobState, JobStatus, task_bytes
 from silo.shard.committer import Rows
 from silo.storage import codec, keys
 from silo.telemetry.logging import Log
@@ -145,26 +145,30 @@ class JobCache:
         return (state.tenant, state.job_id) in self._jobs
 
     def has_room(self, job: Job) -> bool:
-        return self._bytes + len(job.payload) + _JOB_OVERHEAD_BYTES <= JOB_CACHE_BYTES_MAX
+        return self._bytes + _size(job) <= JOB_CACHE_BYTES_MAX
 
     def put(self, job: Job) -> None:
         key = (job.tenant, job.id)
         if key in self._jobs:
             return
         self._jobs[key] = job
-        self._bytes += len(job.payload) + _JOB_OVERHEAD_BYTES
+        self._bytes += _size(job)
         while self._bytes > JOB_CACHE_BYTES_MAX and len(self._jobs) > 1:
             self.drop(*next(iter(self._jobs)))
 
     def drop(self, tenant: str, job_id: str) -> None:
         job = self._jobs.pop((tenant, job_id), None)
         if job is not None:
-            self._bytes -= len(job.payload) + _JOB_OVERHEAD_BYTES
+            self._bytes -= _size(job)
 
     def pop(self, state: JobState) -> Job:
         job = self._jobs[state.tenant, state.job_id]
         self.drop(state.tenant, state.job_id)
         return job
+
+
+def _size(job: Job) -> int:
+    return _JOB_OVERHEAD_BYTES + task_bytes(job.id, job.payload, job.metadata)
 
 
 def leases_from(rows: Iterable[tuple[bytes, bytes]], *, grace_until_ms: int) -> Leases:

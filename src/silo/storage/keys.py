@@ -23,6 +23,8 @@ _TIME = struct.Struct(">Q")
 _NUMBER = struct.Struct(">I")
 _TIME_MAX = (1 << 63) - 1
 
+_NAME_CHARS_MAX = 128  # Longer texts are values, not names: they would fill the cache's memory.
+
 _STATE = b"\x00"
 _JOB = b"\x01"
 _ATTEMPT = b"\x02"
@@ -34,8 +36,16 @@ CREATED_AT = b"screated_at"
 TOTALS = b"stotals"
 
 
-@lru_cache(maxsize=16_384)  # A lifecycle encodes the same few names over and over.
 def _text(value: str) -> bytes:
+    return _encoded_name(value) if len(value) <= _NAME_CHARS_MAX else _encoded(value)
+
+
+@lru_cache(maxsize=16_384)  # A lifecycle encodes the same few names over and over.
+def _encoded_name(value: str) -> bytes:
+    return _encoded(value)
+
+
+def _encoded(value: str) -> bytes:
     raw = value.encode()
     if b"\0" in raw:
         raw = raw.replace(b"\0", b"\0\xff")

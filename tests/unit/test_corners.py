@@ -9,6 +9,7 @@ import pytest
 
 import silo.shard.dispatch as dispatch_module
 import silo.shard.shard as shard_module
+import silo.shard.views as views_module
 from silo.clock import VirtualClock
 from silo.errors import Overloaded
 from silo.model.job import LeasedTask
@@ -145,6 +146,38 @@ async def test_a_refill_of_a_tenant_that_lost_its_window_raises_no_floor(
         await refill
         await shard.enqueue(a_job("flush", tenant="z"))
         check_snapshot(storage.snapshot(SHARD))
+    finally:
+        storage.resume()
+        await shard.close()
+
+
+async def test_a_refill_of_a_tenant_that_lost_its_window_leaves_no_old_payload(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch_module, "RESIDENTS_MAX", 2)
+    storage, clock = _StallingStorage(), VirtualClock()
+    async with open_shard(storage, clock=clock) as shard:
+        await shard.enqueue(a_job("daily", tenant="b", payload="monday"))
+        await shard.enqueue(a_job("other", tenant="a"))
+    shard = await reopened(storage, clock=clock)
+    try:
+        queue = shard._queue(GROUP)
+        await shard._feeder._find_tenants(queue)
+        window = queue.window("b")
+        assert window is not None
+        storage.stall(SHARD)
+        refill = asyncio.ensure_future(shard._feeder._refill_all(queue, [("b", window)]))
+        await until(lambda: storage.stalled > 0)
+        queue.make_room()
+        await shard.cancel(tenant="b", job_id="daily")
+        await shard.delete(tenant="b", job_id="daily")
+        with monkeypatch.context() as full:
+            full.setattr(views_module, "JOB_CACHE_BYTES_MAX", 1)  # What is enqueued now is not kept.
+            await shard.enqueue(tuesday := a_job("daily", tenant="b", payload="tuesday"))
+        storage.resume()
+        await refill
+        payloads = {task.job.id: task.job.payload for task in await lease(shard, 9)}
+        assert payloads["daily"] == tuesday.payload
     finally:
         storage.resume()
         await shard.close()

@@ -29,6 +29,8 @@ _REFILL_TENANTS = 64  # Windows filled in one step.
 _PAGE_ROWS = 512
 _PAGE_TENANTS = 256
 
+_Decoded = tuple[bytes, JobState, Job | None]  # The key of a row, and what it holds.
+
 
 class Feeder:
     """Moves rows from one shard's store into its queues in memory."""
@@ -132,12 +134,15 @@ class Feeder:
             if window.is_complete or queue.window(tenant) is not window:
                 continue
             prefix = keys.queue_prefix(queue.task_group, tenant)
-            await self._refill(window, prefix, keys.range_end(prefix))
-            if queue.window(tenant) is window:  # A window that was let go meanwhile knows no floor.
+            rows = await self._refill(window, prefix, keys.range_end(prefix))
+            # A window that was let go meanwhile missed what was written: no floor, and no job to keep.
+            if queue.window(tenant) is window:
+                self._keep_jobs(window, rows)
                 self._note_floor(window, prefix)
                 queue.settle(tenant)
 
-    async def _refill(self, window: Window, prefix: bytes, end: bytes) -> None:
+    async def _refill(self, window: Window, prefix: bytes, end: bytes) -> list[_Decoded]:
+        """Read on in a range; the rows that were read."""
         outstanding = self._committer.outstanding(window.bound or prefix, end)
         start = window.begin_refill({key: _state(value) for key, value in outstanding.items()})
         try:
@@ -150,6 +155,9 @@ class Feeder:
             [(key, state) for key, state, _ in rows],
             read_to=None if len(stored) < _REFILL_ROWS else stored[-1][0],
         )
+        return rows
+
+    def _keep_jobs(self, window: Window, rows: list[_Decoded]) -> None:
         # Last to first: what runs next is the newest in the cache, so no other pushes it out.
         for key, state, job in reversed(rows):
             if job is not None and window.get(key) is state:
@@ -229,7 +237,7 @@ class Feeder:
         return {keys.read_text(key, len(queue.prefix))[0] for key, value in rows.items() if value is not None}
 
 
-def _decodable(stored: Iterable[Row]) -> Iterator[tuple[bytes, JobState, Job | None]]:
+def _decodable(stored: Iterable[Row]) -> Iterator[_Decoded]:
     """What the rows hold. A damaged one is passed over: it must not hold up the others."""
     for key, value in stored:
         try:

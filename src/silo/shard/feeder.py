@@ -17,7 +17,7 @@ from silo.shard.views import Counters, JobCache
 from silo.shard.window import Window
 from silo.storage import codec, keys
 from silo.storage.batch import pending_key
-from silo.storage.store import Row, Store
+from silo.storage.store import Row, Store, scan_all
 from silo.telemetry.logging import Log
 
 log = Log("silo.shard.feeder")
@@ -91,12 +91,9 @@ class Feeder:
         """The tenant's jobs by status, from the index. None of them changes before its counters are there."""
         await self._committer.durable()
         counts = TenantCounts()
-        start = prefix = keys.status_index_prefix(tenant)
-        while start:
-            rows = await self._store.scan(start, keys.range_end(prefix), limit=_REFILL_ROWS)
-            for key, _ in rows:
-                counts = counts.moved(None, JobStatus(key[len(prefix)]))
-            start = keys.after(rows[-1][0]) if len(rows) == _REFILL_ROWS else b""
+        prefix = keys.status_index_prefix(tenant)
+        async for key, _ in scan_all(self._store, prefix, page_rows=_REFILL_ROWS):
+            counts = counts.moved(None, JobStatus(key[len(prefix)]))
         return counts
 
     async def refill_timers(self, window: Window) -> None:

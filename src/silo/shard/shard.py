@@ -60,7 +60,7 @@ from silo.shard.views import Counters, JobCache, leases_from
 from silo.shard.window import Window
 from silo.storage import codec, keys
 from silo.storage.batch import pending_key, write_change
-from silo.storage.store import Row, Store
+from silo.storage.store import Row, Store, scan_all
 
 GROUP_ROWS_MAX = 100_000  # Rows in the open group, and bytes of new jobs, before commands are refused.
 GROUP_BYTES_MAX = 256 << 20
@@ -877,21 +877,9 @@ async def _recover(store: Store, now_ms: int) -> _Recovered:
     return _Recovered(
         created_at_ms=codec.decode(int, created),
         totals=codec.decode(ShardTotals, totals) if totals else ShardTotals(),
-        leases=await _scan_all(store, keys.LEASES),
-        floors=await _scan_all(store, keys.FLOORS),
+        leases=[row async for row in scan_all(store, keys.LEASES, page_rows=_SCAN_ROWS)],
+        floors=[row async for row in scan_all(store, keys.FLOORS, page_rows=_SCAN_ROWS)],
     )
-
-
-async def _scan_all(store: Store, prefix: bytes) -> list[Row]:
-    end = keys.range_end(prefix)
-    found: list[Row] = []
-    start = prefix
-    while True:
-        rows = await store.scan(start, end, limit=_SCAN_ROWS)
-        found.extend(rows)
-        if len(rows) < _SCAN_ROWS:
-            return found
-        start = keys.after(rows[-1][0])
 
 
 def _running_attempt(state: JobState) -> Attempt:

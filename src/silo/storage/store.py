@@ -1,9 +1,10 @@
 """What a shard needs from storage, as a promise that every implementation keeps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 from silo.model.storage import StorageInfo
+from silo.storage import keys
 
 Batch: TypeAlias = Mapping[bytes, bytes | None]
 """Key to value; None deletes the key. One key appears once, so order within a batch has no meaning."""
@@ -63,3 +64,15 @@ class Store(Protocol):
 
     async def close(self) -> None:
         """Flush and release. Closing twice is harmless. A fenced store closes without an error."""
+
+
+async def scan_all(store: Store, prefix: bytes, *, page_rows: int) -> AsyncIterator[Row]:
+    """Every row whose key starts with `prefix`, ascending, read a page at a time."""
+    start, end = prefix, keys.range_end(prefix)
+    while True:
+        rows = await store.scan(start, end, limit=page_rows)
+        for row in rows:
+            yield row
+        if len(rows) < page_rows:
+            return
+        start = keys.after(rows[-1][0])

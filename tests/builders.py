@@ -1,15 +1,24 @@
 """Builders that fill in what a test is not about."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from random import Random
+from typing import Any
 
 import msgspec
 
 from silo.clock import VirtualClock
 from silo.model.attempt import Success
 from silo.model.job import DEFAULT_TENANT, NewJob, RetryPolicy
+from silo.model.limit import (
+    ConcurrencyLimit,
+    FloatingLimit,
+    Limit,
+    RateAlgorithm,
+    RateLimit,
+    RateRetryPolicy,
+)
 from silo.model.shards import HashRange
 from silo.shard.shard import Shard, ShardOptions
 from silo.storage.memory import MemoryStorage
@@ -46,6 +55,7 @@ def a_job(
     payload: object = "payload",
     metadata: dict[str, str] | None = None,
     retry_policy: RetryPolicy | None = None,
+    limits: Sequence[Limit] = (),
 ) -> NewJob:
     return NewJob(
         tenant=tenant,
@@ -56,6 +66,50 @@ def a_job(
         payload=msgspec.msgpack.encode(payload),
         metadata=tuple(sorted((metadata or {}).items())),
         retry_policy=retry_policy,
+        limits=tuple(limits),
+    )
+
+
+def at_most(max_concurrency: int, key: str = "k") -> ConcurrencyLimit:
+    return ConcurrencyLimit(key=key, max_concurrency=max_concurrency)
+
+
+def floating(
+    default_max_concurrency: int,
+    key: str = "k",
+    *,
+    refresh_interval_ms: int = 60_000,
+    metadata: dict[str, str] | None = None,
+) -> FloatingLimit:
+    return FloatingLimit(
+        key=key,
+        default_max_concurrency=default_max_concurrency,
+        refresh_interval_ms=refresh_interval_ms,
+        metadata=tuple(sorted((metadata or {}).items())),
+    )
+
+
+def a_rate(
+    limit: int,
+    duration_ms: int = 1_000,
+    *,
+    name: str = "rate",
+    unique_key: str = "u",
+    hits: int = 1,
+    algorithm: RateAlgorithm = RateAlgorithm.TOKEN_BUCKET,
+    behavior: int = 0,
+    **policy: Any,
+) -> RateLimit:
+    """A rate limit; further names are those of its retry policy."""
+    return RateLimit(
+        name=name,
+        unique_key=unique_key,
+        limit=limit,
+        duration_ms=duration_ms,
+        hits=hits,
+        algorithm=algorithm,
+        behavior=behavior,
+        retry_policy=RateRetryPolicy(**policy),
     )
 
 

@@ -8,11 +8,15 @@ from collections.abc import Mapping
 
 import msgspec
 
-from silo.model.attempt import Attempt, AttemptStatus
-from silo.model.counts import ShardTotals, TenantCounts
-from silo.model.job import MOVES, Job, JobState, JobStatus
+from silo.engine import rate
+from silo.engine.limit_chain import RATE_LIMIT_EXCEEDED
+from silo.model.attempt import Attempt, AttemptStatus, Failure
+from silo.model.counts import QueueCounts, ShardTotals, TenantCounts
+from silo.model.floating import FloatingState, RefreshDue
+from silo.model.job import MOVES, Job, JobState, JobStatus, Ready, Throttled, Waiting
+from silo.model.limit import FLOATING_LINE, BucketRecord, RateLimit
 from silo.storage import codec, keys
-from silo.storage.batch import derived_keys
+from silo.storage.batch import derived_keys, queue_row, refresh_row
 
 Rows = Mapping[bytes, bytes]
 Name = tuple[str, str]  # Tenant and job id.
@@ -47,8 +51,14 @@ def jobs_in(rows: Rows) -> dict[Name, Stored]:
     return {name: Stored(state, jobs[name], attempts.get(name, [])) for name, state in states.items()}
 
 
-def check_snapshot(rows: Rows) -> dict[Name, Stored]:
-    """Hold one snapshot against what must always be true; the jobs in it."""
+def check_snapshot(
+    rows: Rows, *, now_ms: int | None = None, were_dropped: bool = False
+) -> dict[Name, Stored]:
+    """Hold one snapshot against what must always be true; the jobs in it.
+
+    `now_ms`: the time of the snapshot, to see that nobody waits for what is free. `were_dropped`: tickets
+    were taken away by force at some time, so that jobs run without.
+    """
     jobs = jobs_in(rows)
     for (tenant, job_id), stored in jobs.items():
         assert (stored.state.tenant, stored.state.job_id) == (tenant, job_id)
@@ -59,6 +69,7 @@ def check_snapshot(rows: Rows) -> dict[Name, Stored]:
     _check_derived_rows(rows, jobs)
     _check_counts(rows, jobs)
     _check_floors(rows)
+    _check_limits(rows, jobs, now_ms=now_ms, were_dropped=were_dropped)
     return jobs
 
 
@@ -106,6 +117,8 @@ def _unbounded_attempts(attempts: list[Attempt]) -> int:
 
 def _is_imported(attempt: Attempt) -> bool:
     """Nobody here worked on it, and restarts do not count for its relative number."""
+    if isinstance(attempt.outcome, Failure) and attempt.outcome.code == RATE_LIMIT_EXCEEDED:
+        return False  # It never ran, here or elsewhere.
     return not attempt.worker_id and attempt.relative_attempt_number == attempt.attempt_number
 
 
@@ -128,12 +141,149 @@ def _check_derived_rows(rows: Rows, jobs: Mapping[Name, Stored]) -> None:
         expected |= dict.fromkeys(locus, codec.encode(stored.state))
         for name, value in stored.job.metadata:
             expected[keys.metadata_index_key(tenant, name, value, job_id)] = b""
-    found = {key: value for key, value in rows.items() if key[:1] in (b"i", b"m", b"t", b"l")}
+        if stored.state.expires_at_ms is not None:
+            assert stored.state.status.is_terminal  # 61
+            expected[keys.expiry_key(stored.state.expires_at_ms, tenant, job_id)] = b""
+        for holder in stored.state.held:
+            expected[keys.holder_key(tenant, holder.key, job_id)] = codec.encode(holder.granted_at_ms)
+    for floating in _floating(rows).values():
+        if floating.refresh is not None:
+            expected[refresh_row(floating)] = codec.encode_refresh(floating)
+    families = (b"i", b"m", b"t", b"l", b"h", b"r", b"v", b"x", b"e")
+    found = {key: value for key, value in rows.items() if key[:1] in families}
     for key in (row for row in rows if row.startswith(b"q")):
-        state, job = codec.decode_queued(rows[key])
-        assert job is None or job == jobs[state.tenant, state.job_id].job
-        found[key] = codec.encode(state)
+        task, job = codec.decode_queued(rows[key])
+        found[key] = rows[key] if isinstance(task, FloatingState) else codec.encode(task)
+        assert job is None or (isinstance(task, JobState) and job == jobs[task.tenant, task.job_id].job)
     assert found == expected
+
+
+def _floating(rows: Rows) -> dict[Name, FloatingState]:
+    """Every floating limit of a snapshot, by tenant and key."""
+    found = [codec.decode(FloatingState, value) for key, value in rows.items() if key.startswith(b"f")]
+    return {(state.tenant, state.key): state for state in found}
+
+
+class _Queue(msgspec.Struct):
+    """A concurrency queue as the jobs say."""
+
+    holders: int = 0
+    waiting: dict[int, list[JobState]] = {}
+
+
+def _check_limits(rows: Rows, jobs: Mapping[Name, Stored], *, now_ms: int | None, were_dropped: bool) -> None:
+    """Counts agree with the jobs, limits hold, and nobody waits for what is free without an alarm."""
+    floating = _floating(rows)
+    queues: dict[Name, _Queue] = {}
+    buckets: dict[tuple[str, str, str], list[JobState]] = {}
+    for (tenant, _), stored in jobs.items():
+        state = stored.state
+        _check_tickets(state, were_dropped=were_dropped)
+        for holder in state.held:
+            queues.setdefault((tenant, holder.key), _Queue()).holders += 1
+        if isinstance(state.pending, Waiting):
+            lines = queues.setdefault((tenant, state.pending.key), _Queue()).waiting
+            lines.setdefault(state.pending.line, []).append(state)
+        if isinstance(state.pending, Throttled):
+            limit = state.rate_limit
+            buckets.setdefault((tenant, limit.name, limit.unique_key), []).append(state)
+    alarms = {key for key in rows if key.startswith(keys.ALARMS)}
+    _check_queues(rows, queues, floating, alarms, now_ms)
+    _check_buckets(rows, buckets, alarms, now_ms)
+    _check_refreshes(floating, queues, alarms, now_ms)
+    assert not alarms, "an alarm without a record that has it"
+
+
+def _check_tickets(state: JobState, *, were_dropped: bool) -> None:
+    """A job holds what it has passed, and nothing when it has ended or is not due (10, 12, 13, 40, 44)."""
+    held = [holder.key for holder in state.held]
+    assert len(held) == len(set(held))
+    if state.status.is_terminal:
+        assert not held and not state.passed
+    passed = {limit.key for limit in state.limits[: state.passed] if not isinstance(limit, RateLimit)}
+    if isinstance(state.pending, Waiting):  # In key order it may hold a part of what it is about to pass.
+        assert state.pending.key not in held
+        run = {limit.key for limit in state.limits[state.passed :] if not isinstance(limit, RateLimit)}
+        assert set(held) <= passed | run
+    else:
+        assert set(held) <= passed
+    assert were_dropped or passed <= set(held)
+    if isinstance(state.pending, Ready):
+        assert state.passed == len(state.limits)
+
+
+def _check_queues(
+    rows: Rows,
+    queues: dict[Name, _Queue],
+    floating: Mapping[Name, FloatingState],
+    alarms: set[bytes],
+    now_ms: int | None,
+) -> None:
+    stored = {
+        keys.read_names(key): codec.decode(QueueCounts, value)
+        for key, value in rows.items()
+        if key.startswith(b"n")
+    }
+    for name, counts in stored.items():
+        queue = queues.get((name[0], name[1]), _Queue())
+        assert counts.holders == queue.holders, name  # 45
+        assert dict(counts.lines) == {line: len(jobs) for line, jobs in queue.waiting.items()}, name
+        is_awaited = _take_alarm(alarms, counts.alarm_at_ms, keys.queue_counts_key(name[0], name[1]))
+        if is_awaited or now_ms is None:
+            continue
+        for line, waiting in queue.waiting.items():  # 66, 73, 74
+            capacity = floating[name[0], name[1]].max_concurrency if line == FLOATING_LINE else line
+            assert queue.holders >= capacity, (name, "has a free ticket for", [job.job_id for job in waiting])
+    assert queues.keys() <= stored.keys(), "a queue without its counts"
+
+
+def _check_buckets(
+    rows: Rows,
+    buckets: dict[tuple[str, str, str], list[JobState]],
+    alarms: set[bytes],
+    now_ms: int | None,
+) -> None:
+    stored = {
+        keys.read_names(key): codec.decode(BucketRecord, value)
+        for key, value in rows.items()
+        if key.startswith(b"b")
+    }
+    for name, record in stored.items():
+        waiting = buckets.get((name[0], name[1], name[2]), [])
+        assert record.waiters == len(waiting), name
+        assert record.alarm_at_ms is not None, "a bucket that nobody will look at"
+        assert _take_alarm(alarms, record.alarm_at_ms, keys.bucket_key(name[0], name[1], name[2]))
+        if waiting and now_ms is not None:  # 71
+            head = min(waiting, key=lambda job: job.rank)
+            fits_at_ms = rate.fits_at_ms(record.bucket, head.rate_limit, tenant=name[0], now_ms=now_ms)
+            assert record.alarm_at_ms <= max(now_ms, fits_at_ms), name
+    assert buckets.keys() <= stored.keys(), "a line without its bucket"
+
+
+def _check_refreshes(
+    floating: Mapping[Name, FloatingState],
+    queues: Mapping[Name, _Queue],
+    alarms: set[bytes],
+    now_ms: int | None,
+) -> None:
+    """Who waits for a floating limit has a refresh under way or to come (55, 72)."""
+    for name, state in floating.items():
+        is_awaited = _take_alarm(alarms, state.alarm_at_ms, keys.floating_key(*name))
+        if isinstance(state.refresh, RefreshDue):
+            assert queue_row(state) == refresh_row(state)
+        if FLOATING_LINE in queues.get(name, _Queue()).waiting and now_ms is not None:
+            assert is_awaited or state.refresh is not None, (
+                name,
+                "has jobs that wait and no refresh to come",
+            )
+
+
+def _take_alarm(alarms: set[bytes], at_ms: int | None, record: bytes) -> bool:
+    """Whether the record has an alarm, which must be there then."""
+    if at_ms is None:
+        return False
+    alarms.remove(keys.alarm_key(at_ms, record))
+    return True
 
 
 def _check_counts(rows: Rows, jobs: Mapping[Name, Stored]) -> None:

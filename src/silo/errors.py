@@ -78,6 +78,15 @@ class LeaseOwnerMismatch(SiloError):
         super().__init__("lease owner mismatch", **fields)
 
 
+class WrongTask(SiloError):
+    """A job's task was reported as the refresh of a floating limit. The text is part of the protocol."""
+
+    kind = ErrorKind.INTERNAL
+
+    def __init__(self, **fields: object) -> None:
+        super().__init__("codec error: task is not a RefreshFloatingLimit", **fields)
+
+
 class StateForbids(SiloError):
     """The job's status does not allow the operation; nothing was changed."""
 

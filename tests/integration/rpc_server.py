@@ -52,7 +52,7 @@ class RpcServer:
 
     def has_waiter(self) -> bool:
         """Whether a lease call waits for work of the first shard."""
-        return bool(self.node.shard(self.shard)._listeners)  # Nothing public tells.
+        return bool(self.node.shard(self.shard)._state.listeners)  # Nothing public tells.
 
     async def enqueue(self, id: str = "j", **fields: Any) -> str:
         """Enqueue a job of which the test says only what it is about; its id."""

@@ -19,7 +19,6 @@ SCHEDULED, SUCCEEDED, FAILED = pb.JOB_STATUS_SCHEDULED, pb.JOB_STATUS_SUCCEEDED,
 CANCELLED = pb.JOB_STATUS_CANCELLED
 ONE_RETRY = pb.RetryPolicy(retry_count=1)
 LIMIT = pb.Limit(concurrency=pb.ConcurrencyLimit(key="k", max_concurrency=1))
-NO_LIMITS = "limits on jobs are not supported by this server version; enqueue the job without limits"
 
 DONE = pb.ImportAttempt(
     status=pb.ATTEMPT_STATUS_SUCCEEDED, started_at_ms=300, finished_at_ms=400, result=packed(b"\x2a")
@@ -130,7 +129,7 @@ def refused_jobs(*, tenancy: bool) -> list[tuple[dict[str, Any], str, str]]:
         ),
         ({"task_group": "", "priority": 100}, "InvalidArgument", "task_group is required"),
         ({"id": "", "task_group": ""}, "InvalidArgument", "job id is required for import"),
-        ({"limits": [pb.Limit(), LIMIT]}, "Unimplemented", NO_LIMITS),
+        ({"limits": [LIMIT] * 257}, "InvalidArgument", "too many limits (max 256)"),
         ({"shard": "x", "tenant": "t" * 65, "id": ""}, "InvalidArgument", "invalid shard ID: x"),
         ({"shard": 'a"\\', "id": ""}, "InvalidArgument", 'invalid shard ID: a\\"\\\\'),
         ({"shard": NOWHERE, "id": ""}, "InvalidArgument", "job id is required for import"),

@@ -41,6 +41,8 @@ IMPLEMENTED = (
     "CpuProfile",
     "HeapProfile",
     "DumpTasks",
+    "ReportRefreshOutcome",
+    "DropTenantHolders",
 )
 BRIEF = [name for name in IMPLEMENTED if not name.endswith("Profile")]  # A profile takes a second at least.
 MISSING = [method.name for method in SERVICE.methods if method.name not in IMPLEMENTED]

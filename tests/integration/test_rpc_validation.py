@@ -76,11 +76,13 @@ TENANT_GIVEN = "tenant must not be provided when tenancy is disabled on the serv
 METADATA_MANY = "metadata has too many entries (max 16)"
 METADATA_KEY = "metadata key too long (must be < 64 chars)"
 METADATA_VALUE = "metadata value too long (must be < u16::MAX bytes)"
-NO_LIMITS = "limits on jobs are not supported by this server version; enqueue the job without limits"
+NO_WINDOW = (
+    "duration_ms of rate limit 'n' must be 0 to 5 (minute, hour, day, week, month, year) "
+    "with DURATION_IS_GREGORIAN"
+)
 GROUP_LONG = "task_group too long (must be <= 64 chars)"
 LIMIT = pb.Limit(concurrency=pb.ConcurrencyLimit(key="k", max_concurrency=1))
-RATE = pb.Limit(rate_limit=pb.GubernatorRateLimit(name="n", unique_key="u", limit=1))
-FLOATING = pb.Limit(floating_concurrency=pb.FloatingConcurrencyLimit(key="k"))
+WINDOW = pb.Limit(rate_limit=pb.GubernatorRateLimit(name="n", unique_key="u", duration_ms=6, behavior=4))
 SEVENTEEN = {f"k{number}": "v" for number in range(17)}
 
 WITHOUT_TENANCY = [
@@ -128,10 +130,9 @@ WITHOUT_TENANCY = [
     Rule("Enqueue", new_job(task_group="", limits=[LIMIT]), INVALID, "task_group is required"),
     Rule("Enqueue", new_job(task_group="g" * 65), INVALID, GROUP_LONG),
     Rule("Enqueue", new_job(task_group="é" * 65), INVALID, GROUP_LONG),
-    Rule("Enqueue", new_job(limits=[LIMIT]), UNIMPLEMENTED, NO_LIMITS),
-    Rule("Enqueue", new_job(limits=[pb.Limit(), RATE]), UNIMPLEMENTED, NO_LIMITS),
-    Rule("Enqueue", new_job(limits=[FLOATING]), UNIMPLEMENTED, NO_LIMITS),
-    Rule("Enqueue", new_job(id="old", limits=[LIMIT]), UNIMPLEMENTED, NO_LIMITS),
+    Rule("Enqueue", new_job(limits=[LIMIT] * 257), INVALID, "too many limits (max 256)"),
+    Rule("Enqueue", new_job(limits=[LIMIT, WINDOW]), INVALID, NO_WINDOW),
+    Rule("Enqueue", new_job(id="old", limits=[WINDOW]), INVALID, NO_WINDOW),
     Rule("Enqueue", new_job(id="old"), grpc.StatusCode.ALREADY_EXISTS, "job already exists with id old"),
     *(
         Rule(method, {"shard": LEFT, "id": "none"}, NOT_FOUND, "job not found")

@@ -1,19 +1,15 @@
 """The engine against a simple model: commands, faults, crashes and waiting in any order keep the promises."""
 
-import asyncio
 import math
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
-from random import Random
-from types import ModuleType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 
-from silo.clock import VirtualClock
 from silo.engine.outcomes import WORKER_CRASHED
 from silo.errors import (
     InvalidRequest,
@@ -27,13 +23,10 @@ from silo.errors import (
 )
 from silo.model.attempt import AttemptStatus, Cancelled, Failure, Outcome, PastAttempt, Success
 from silo.model.job import LEASE_MS, ImportedJob, JobStatus, RetryPolicy
-from silo.shard import dispatch, feeder, views
-from silo.shard import shard as shard_module
-from silo.shard.shard import Shard
-from silo.storage import keys
-from silo.storage.memory import Fault, MemoryStorage
-from tests.builders import SHARD, a_job, a_policy, reopened
+from silo.storage.memory import Fault
+from tests.builders import SHARD, a_job, a_policy
 from tests.invariants import Name, Stored, check_snapshot, check_step
+from tests.property.machine import ShardMachine
 
 STEP_MS = 10_000
 T = TypeVar("T")
@@ -93,31 +86,17 @@ class Expected:
         return 1 + (self.policy.retry_count if self.policy else 0)
 
 
-class EngineMachine(RuleBasedStateMachine):
+class EngineMachine(ShardMachine):
     """Every rule is one command, on the shard and on the model."""
 
     all_tenants_fit = True  # In memory, so that each has its turn in every poll.
 
     @initialize(seed=st.integers(0, 1000))
     def start(self, seed: int) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.clock = VirtualClock()
-        self.storage = MemoryStorage()
-        self.rng = Random(seed)
-        self.shard = self.run(self.reopen())
+        self.open(seed)
         self.jobs: dict[Name, Expected] = {}
         self.spent: list[str] = []  # Task ids whose attempt has ended.
         self.seen: dict[Name, Stored] = {}
-
-    def teardown(self) -> None:
-        self.run(self.shard.close())
-        self.loop.close()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self.loop.run_until_complete(asyncio.wait_for(work, 20))
-
-    async def reopen(self) -> Shard:
-        return await reopened(self.storage, clock=self.clock, rng=self.rng)
 
     def refused(self, error: type[SiloError], command: Awaitable[object]) -> None:
         """The command is refused, and nothing has changed (50)."""
@@ -129,14 +108,6 @@ class EngineMachine(RuleBasedStateMachine):
 
         self.run(call())
         assert self.facts() == before
-
-    def facts(self) -> dict[bytes, bytes]:
-        """The durable rows, without the floors: those are hints that reading improves."""
-        return {
-            key: value
-            for key, value in self.storage.snapshot(SHARD).items()
-            if not key.startswith(keys.FLOORS)
-        }
 
     # The model's own arithmetic
 
@@ -471,9 +442,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def crash(self) -> None:
         """The process dies and comes back: all that was answered is there (53)."""
-        old = self.shard
-        self.shard = self.run(self.reopen())
-        self.run(old.close())
+        self.reopen_now()
         now_ms = self.clock.now_ms()
         for job in self.jobs.values():
             if job.claim is not None:  # A lease has at least a full time to go.
@@ -529,33 +498,8 @@ class TinyMemoryMachine(EngineMachine):
     """The same with room for almost nothing in memory: nearly all is read again and again."""
 
     all_tenants_fit = False
+    is_tiny = True
 
-    @initialize(seed=st.integers(0, 1000))
-    def start(self, seed: int) -> None:
-        self.patches = pytest.MonkeyPatch()
-        for module, bounds in _TINY.items():
-            for name, value in bounds.items():
-                self.patches.setattr(module, name, value)
-        super().start(seed)
-
-    def teardown(self) -> None:
-        super().teardown()
-        self.patches.undo()
-
-
-_TINY: dict[ModuleType, dict[str, int]] = {
-    dispatch: {"RESIDENTS_MAX": 2, "_WINDOW_MIN": 1, "_WINDOW_MAX": 2, "_ROWS_MAX": 4},
-    feeder: {
-        "_LOOKAHEAD_JOBS": 2,
-        "_LOOKAHEAD_BYTES": 20,
-        "_REFILL_ROWS": 2,
-        "_REFILL_TENANTS": 1,
-        "_PAGE_ROWS": 2,
-        "_PAGE_TENANTS": 1,
-    },
-    shard_module: {"_TIMER_WINDOW": 4, "_TICK_TASKS": 3, "_SCAN_ROWS": 2},
-    views: {"TENANT_COUNTS_MAX": 2, "JOB_CACHE_BYTES_MAX": 1},
-}
 
 _SETTINGS = settings(
     max_examples=150,

@@ -7,7 +7,7 @@ from silo.model.attempt import Attempt, Failure
 from silo.model.change import Change
 from silo.model.job import Delayed, Job, JobState, JobStatus, Lease, Ready
 from silo.storage import codec, keys
-from silo.storage.batch import QUEUED_BYTES_MAX, derived_keys, pending_key, write_change
+from silo.storage.batch import QUEUED_BYTES_MAX, derived_keys, pending_keys, queue_row, write_change
 
 _T, _ID = "tenant", "job-1"
 
@@ -112,7 +112,7 @@ def test_a_new_job_gets_its_description_and_a_row_for_each_metadata_entry() -> N
     rows = _applied({}, Change(before=None, after=_READY, job=_JOB))
     assert rows == _rows_of(_READY) | {
         keys.job_key(_T, _ID): codec.encode(_JOB),
-        pending_key(_READY): codec.queued(codec.encode(_READY), codec.encode(_JOB)),
+        queue_row(_READY): codec.queued(codec.encode(_READY), codec.encode(_JOB)),
         keys.metadata_index_key(_T, "a", "1", _ID): b"",
         keys.metadata_index_key(_T, "b", "2", _ID): b"",
     }
@@ -121,7 +121,7 @@ def test_a_new_job_gets_its_description_and_a_row_for_each_metadata_entry() -> N
 def test_a_large_job_is_not_copied_into_its_queue_row() -> None:
     large = msgspec.structs.replace(_JOB, payload=bytes(QUEUED_BYTES_MAX))
     rows = _applied({}, Change(before=None, after=_READY, job=large))
-    assert rows[pending_key(_READY)] == codec.encode(_READY)
+    assert rows[queue_row(_READY)] == codec.encode(_READY)
 
 
 def test_an_attempt_that_ended_is_stored_under_its_number() -> None:
@@ -148,6 +148,6 @@ def test_deleting_a_job_leaves_none_of_its_rows(last: JobState) -> None:
 
 
 @pytest.mark.parametrize("state", [_RUNNING, _SUCCEEDED])
-def test_a_job_that_does_not_wait_has_no_pending_key(state: JobState) -> None:
+def test_a_job_that_does_not_wait_has_no_place_to_wait(state: JobState) -> None:
     with pytest.raises(AssertionError, match="nothing of this job is pending"):
-        pending_key(state)
+        pending_keys(state)

@@ -9,6 +9,7 @@ import pytest
 
 import silo.shard.dispatch as dispatch_module
 import silo.shard.shard as shard_module
+import silo.shard.state as state_module
 import silo.shard.views as views_module
 from silo.clock import VirtualClock
 from silo.errors import Overloaded
@@ -36,7 +37,7 @@ async def lease(shard: Shard, max_tasks: int = 1) -> list[LeasedTask]:
 async def test_a_look_ahead_that_comes_too_late_leaves_no_old_payload() -> None:
     async with open_shard() as shard:
         await shard.enqueue(a_job("daily", payload="monday"))
-        queue = shard._queue(GROUP)
+        queue = shard._state.queue(GROUP)
         state = (await shard.get_job(tenant=TENANT, job_id="daily")).state
         await shard.cancel(tenant=TENANT, job_id="daily")
         await shard._feeder._load(queue, [state])  # Previewed before the cancellation, read after it.
@@ -112,7 +113,7 @@ async def test_an_answer_to_a_poll_fits_into_a_message() -> None:
 
 
 async def test_polls_of_ever_new_task_groups_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_module, "_QUEUES_MAX", 10)
+    monkeypatch.setattr(state_module, "_QUEUES_MAX", 10)
     async with open_shard() as shard:
         for number in range(100):
             await shard.lease_tasks(worker_id="w", task_group=f"g{number}", max_tasks=1)
@@ -131,7 +132,7 @@ async def test_a_refill_of_a_tenant_that_lost_its_window_raises_no_floor(
         await shard.enqueue(a_job("other", tenant="a"))
     shard = await reopened(storage, clock=clock)
     try:
-        queue = shard._queue(GROUP)
+        queue = shard._state.queue(GROUP)
         await shard._feeder._find_tenants(queue)
         assert [name for name, _ in queue.hungry(9)] == ["a", "b"]
         window = queue.window("b")
@@ -161,7 +162,7 @@ async def test_a_refill_of_a_tenant_that_lost_its_window_leaves_no_old_payload(
         await shard.enqueue(a_job("other", tenant="a"))
     shard = await reopened(storage, clock=clock)
     try:
-        queue = shard._queue(GROUP)
+        queue = shard._state.queue(GROUP)
         await shard._feeder._find_tenants(queue)
         window = queue.window("b")
         assert window is not None

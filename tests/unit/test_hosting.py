@@ -102,7 +102,7 @@ async def lease(node: HostedNode, *, max_tasks: int = 10, wait_ms: int = 0) -> l
 def waits(node: HostedNode) -> bool:
     """Whether someone waits in `lease_anywhere` and has seen that there is nothing yet."""
     return bool(node._opened) and all(
-        shard._listeners for shard in node.open_shards()
+        shard._state.listeners for shard in node.open_shards()
     )  # Nothing public tells.
 
 
@@ -316,7 +316,7 @@ async def test_a_worker_that_goes_away_leaves_the_work_and_nothing_behind() -> N
         waiting.cancel()
         await asyncio.wait({waiting})
         assert not node._opened
-        assert not any(shard._listeners for shard in node.open_shards())
+        assert not any(shard._state.listeners for shard in node.open_shards())
         await node.shard(FIRST).enqueue(a_job("j"))
         assert await lease(node) == [(FIRST, "j")]
 

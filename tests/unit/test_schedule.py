@@ -61,5 +61,5 @@ def test_a_deadline_never_leaves_the_range_of_a_key() -> None:
 
 
 def test_work_is_due_at_its_start_and_not_before() -> None:
-    assert pending_at(100, 0, now_ms=100, priority_step_ms=10) == Ready(100)
-    assert pending_at(101, 0, now_ms=100, priority_step_ms=10) == Delayed(101)
+    assert pending_at(100, 0, (), now_ms=100, priority_step_ms=10) == Ready(100)
+    assert pending_at(101, 0, (), now_ms=100, priority_step_ms=10) == Delayed(101)

@@ -5,7 +5,7 @@ import msgspec
 from silo.engine.schedule import pending_at
 from silo.errors import StateForbids
 from silo.model.change import Change
-from silo.model.job import Delayed, Job, JobState, JobStatus
+from silo.model.job import Checking, Delayed, Job, JobState, JobStatus, Pending, Throttled, Waiting
 
 _FINAL = (JobStatus.SUCCEEDED, JobStatus.FAILED)
 
@@ -22,7 +22,9 @@ def cancel(state: JobState, *, now_ms: int) -> Change:
         raise StateForbids("job is already in terminal state")
     after = msgspec.structs.replace(state, cancelled_at_ms=now_ms)
     if state.status is JobStatus.SCHEDULED:
-        after = msgspec.structs.replace(after, status=JobStatus.CANCELLED, changed_at_ms=now_ms, pending=None)
+        after = msgspec.structs.replace(
+            after, status=JobStatus.CANCELLED, changed_at_ms=now_ms, pending=None, passed=0, held=()
+        )
     return Change(before=state, after=after)
 
 
@@ -45,7 +47,10 @@ def restart(state: JobState, job: Job, *, now_ms: int, priority_step_ms: int) ->
         relative_attempt_number=1,
         next_start_ms=start_at_ms,
         cancelled_at_ms=None,
-        pending=pending_at(start_at_ms, state.priority, now_ms=now_ms, priority_step_ms=priority_step_ms),
+        pending=pending_at(
+            start_at_ms, state.priority, state.limits, now_ms=now_ms, priority_step_ms=priority_step_ms
+        ),
+        expires_at_ms=None,
     )
     return Change(before=state, after=after)
 
@@ -62,16 +67,19 @@ def expedite(state: JobState, *, now_ms: int, priority_step_ms: int) -> Change:
         raise _refused("expedite", state, "job is cancelled")
     if state.status is JobStatus.RUNNING:
         raise _refused("expedite", state, "job is currently running")
-    if state.pending is None:
-        raise _refused("expedite", state, "job has no pending task to expedite")
-    if not isinstance(state.pending, Delayed) or state.pending.due_ms <= now_ms:
-        raise _refused("expedite", state, "task is already ready to run (not future-scheduled)")
-    after = msgspec.structs.replace(
-        state,
-        changed_at_ms=now_ms,
-        next_start_ms=now_ms,
-        pending=pending_at(now_ms, state.priority, now_ms=now_ms, priority_step_ms=priority_step_ms),
-    )
+    pending: Pending
+    match state.pending:
+        case None | Waiting() | Throttled():  # What waits in line for a limit cannot be hurried.
+            raise _refused("expedite", state, "job has no pending task to expedite")
+        case Delayed(due_ms=due_ms) if due_ms > now_ms:
+            pending = pending_at(
+                now_ms, state.priority, state.limits, now_ms=now_ms, priority_step_ms=priority_step_ms
+            )
+        case Checking(due_ms=due_ms, checks=checks) if due_ms > now_ms:
+            pending = Checking(now_ms, checks)
+        case _:
+            raise _refused("expedite", state, "task is already ready to run (not future-scheduled)")
+    after = msgspec.structs.replace(state, changed_at_ms=now_ms, next_start_ms=now_ms, pending=pending)
     return Change(before=state, after=after)
 
 
@@ -86,6 +94,11 @@ def delete(state: JobState, job: Job) -> Change:
             f"cannot delete job {state.job_id}: job is currently running or has pending requests"
         )
     return Change(before=state, after=None, job=job)
+
+
+def without_tickets(state: JobState) -> Change:
+    """The same job in the same place, with no ticket."""
+    return Change(before=state, after=msgspec.structs.replace(state, held=()))
 
 
 def _refused(verb: str, state: JobState, reason: str) -> StateForbids:

@@ -46,7 +46,8 @@ def import_new(
         changed_at_ms=now_ms,
         attempts_ended=0,
         relative_attempt_number=1,
-        payload_bytes=task_bytes(given.id, given.payload, given.metadata),
+        payload_bytes=task_bytes(given.id, given.payload, given.metadata, given.limits),
+        limits=given.limits,
     )
     job = Job(
         tenant=given.tenant,
@@ -125,6 +126,9 @@ def _after(state: JobState, given: ImportedJob, *, now_ms: int, priority_step_ms
         next_start_ms=None,
         cancelled_at_ms=None,
         pending=None,
+        passed=0,
+        held=(),
+        expires_at_ms=None,
     )
     if status is not JobStatus.SCHEDULED:
         return msgspec.structs.replace(
@@ -137,7 +141,9 @@ def _after(state: JobState, given: ImportedJob, *, now_ms: int, priority_step_ms
         # Counted from the first attempt of all, restarts or not.
         relative_attempt_number=ended + 1,
         next_start_ms=start_at_ms,
-        pending=pending_at(start_at_ms, state.priority, now_ms=now_ms, priority_step_ms=priority_step_ms),
+        pending=pending_at(
+            start_at_ms, state.priority, state.limits, now_ms=now_ms, priority_step_ms=priority_step_ms
+        ),
     )
 
 

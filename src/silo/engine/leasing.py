@@ -5,11 +5,11 @@ import msgspec
 from silo.engine.schedule import virtual_deadline_ms
 from silo.errors import StateForbids
 from silo.model.change import Change
-from silo.model.job import LEASE_MS, Delayed, JobState, JobStatus, Lease, Ready
+from silo.model.job import LEASE_MS, Delayed, JobState, JobStatus, Lease, Ready, Waiting
 
 
 def lease(state: JobState, *, task_id: str, worker_id: str, now_ms: int) -> Change:
-    """The pending attempt of a Scheduled job becomes Running under `task_id`."""
+    """The pending attempt of a Scheduled job becomes Running under `task_id`, and keeps its tickets."""
     assert state.status is JobStatus.SCHEDULED, "only pending work is leased"
     granted = Lease(task_id=task_id, worker_id=worker_id, started_at_ms=now_ms, expiry_ms=now_ms + LEASE_MS)
     after = JobState(
@@ -24,12 +24,16 @@ def lease(state: JobState, *, task_id: str, worker_id: str, now_ms: int) -> Chan
         relative_attempt_number=state.relative_attempt_number,
         payload_bytes=state.payload_bytes,
         lease=granted,
+        limits=state.limits,
+        passed=state.passed,
+        held=state.held,
     )
     return Change(before=state, after=after)
 
 
 def become_due(state: JobState, *, priority_step_ms: int) -> Change:
-    """Delayed work joins the queue of its task group. Its status does not change."""
+    """Delayed work without limits joins the queue of its task group. Its status does not change."""
+    assert not state.limits, "limits come first"
     match state.pending:
         case Delayed(due_ms=due_ms):
             deadline_ms = virtual_deadline_ms(due_ms, state.priority, priority_step_ms)
@@ -52,6 +56,8 @@ def check_leasable(state: JobState) -> None:
         reason = "job is cancelled"
     elif state.pending is None:
         reason = "job has no pending task"
+    elif isinstance(state.pending, Waiting):
+        reason = "job has no pending task in queue"
     else:
         return
     raise StateForbids(f"cannot lease job {state.job_id}: {reason} (status: {state.status.label})")

@@ -73,6 +73,7 @@ def _terminal(state: JobState, status: JobStatus, now_ms: int) -> JobState:
         relative_attempt_number=state.relative_attempt_number,
         payload_bytes=state.payload_bytes,
         cancelled_at_ms=state.cancelled_at_ms,
+        limits=state.limits,
     )
 
 
@@ -87,6 +88,10 @@ def _retry(state: JobState, *, now_ms: int, priority_step_ms: int, rng: Random) 
         attempts_ended=state.attempts_ended + 1,
         relative_attempt_number=state.relative_attempt_number + 1,
         next_start_ms=start_at_ms,
-        pending=pending_at(start_at_ms, state.priority, now_ms=now_ms, priority_step_ms=priority_step_ms),
+        pending=pending_at(
+            start_at_ms, state.priority, state.limits, now_ms=now_ms, priority_step_ms=priority_step_ms
+        ),
         lease=None,
+        passed=0,
+        held=(),
     )

@@ -4,6 +4,7 @@ import math
 from random import Random
 
 from silo.model.job import Delayed, Pending, Ready, RetryPolicy
+from silo.model.limit import Limit
 
 PRIORITY_STEP_MS = 10_000  # One priority point counts as much as ten seconds of waiting.
 _INT64_MAX = (1 << 63) - 1
@@ -18,9 +19,11 @@ def virtual_deadline_ms(start_at_ms: int, priority: int, priority_step_ms: int) 
     return min(start_at_ms + priority * priority_step_ms, _INT64_MAX)
 
 
-def pending_at(start_at_ms: int, priority: int, *, now_ms: int, priority_step_ms: int) -> Pending:
-    """Where work with this start waits at `now_ms`."""
-    if start_at_ms > now_ms:
+def pending_at(
+    start_at_ms: int, priority: int, limits: tuple[Limit, ...], *, now_ms: int, priority_step_ms: int
+) -> Pending:
+    """Where work with this start waits at `now_ms`. Limits come first, once it is due."""
+    if start_at_ms > now_ms or limits:
         return Delayed(start_at_ms)
     return Ready(virtual_deadline_ms(start_at_ms, priority, priority_step_ms))
 
@@ -32,10 +35,15 @@ def retry_delay_ms(policy: RetryPolicy, failed_attempt: int, rng: Random) -> int
     from zero; the jitter multiplies by a random number in [1, 2). The first
     retry therefore waits initial × factor.
     """
-    delay = _round(policy.initial_interval_ms * _power(policy.backoff_factor, failed_attempt))
+    delay = backoff_ms(policy.initial_interval_ms, policy.backoff_factor, failed_attempt)
     if policy.randomize_interval:
         delay = _round(delay * (1.0 + rng.random()))
     return min(delay, policy.max_interval_ms)
+
+
+def backoff_ms(initial_ms: int, factor: float, exponent: int) -> int:
+    """round(initial × factor^exponent), half away from zero, within 64 bits."""
+    return _round(initial_ms * _power(factor, exponent))
 
 
 def _power(factor: float, exponent: int) -> float:

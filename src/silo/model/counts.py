@@ -1,4 +1,4 @@
-"""How many jobs there are, by tenant and in the shard."""
+"""How many jobs there are, by tenant and in the shard; and how many hold or want a ticket of a queue."""
 
 import msgspec
 
@@ -32,3 +32,15 @@ class ShardTotals(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     total_jobs: int = 0
     completed_jobs: int = 0
+
+
+class QueueCounts(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A concurrency queue of one tenant: its tickets that are held, and who waits for one."""
+
+    holders: int = 0
+    lines: tuple[tuple[int, int], ...] = ()  # Lines that are not empty, with how many wait in each.
+    alarm_at_ms: int | None = None  # When it is looked at: it may have tickets for those who wait.
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.holders and not self.lines

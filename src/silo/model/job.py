@@ -6,6 +6,7 @@ from typing import TypeAlias
 import msgspec
 
 from silo.model.attempt import PastAttempt
+from silo.model.limit import Holder, Limit, RateLimit, limits_bytes
 
 PRIORITY_MAX = 99
 LEASE_MS = 10_000  # Length of a lease, and what a heartbeat extends it to.
@@ -68,9 +69,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     metadata: tuple[tuple[str, str], ...] = ()
 
 
-def task_bytes(job_id: str, payload: bytes, metadata: tuple[tuple[str, str], ...]) -> int:
+def task_bytes(
+    job_id: str, payload: bytes, metadata: tuple[tuple[str, str], ...], limits: tuple[Limit, ...] = ()
+) -> int:
     """How much of an answer the texts of a task of this job take, in bytes."""
-    return len(job_id) + len(payload) + sum(len(name) + len(value.encode()) for name, value in metadata)
+    size = len(job_id) + len(payload) + sum(len(name) + len(value.encode()) for name, value in metadata)
+    return size + limits_bytes(limits) if limits else size
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
@@ -80,12 +84,45 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
 
 
 class Delayed(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
-    """Not due yet: waits for `due_ms`."""
+    """Waits for `due_ms`. With limits, they are looked at then."""
 
     due_ms: int
 
 
-Pending: TypeAlias = Ready | Delayed
+class Waiting(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
+    """Due: waits for a ticket of the concurrency queue `key`."""
+
+    key: str
+    line: int  # Those in a line wait for the same maximum.
+    moves: int = 0  # How often it was its turn in a queue while another queue that it needs was full.
+
+
+class Throttled(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
+    """Due: waits in the line of its rate limit's bucket."""
+
+    checks: int  # How often it was over the limit.
+    due_ms: int | None = None  # When it counts as over the limit once more, if that has a bound.
+
+
+class Checking(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
+    """Due: asks its rate limit again at `due_ms`, and has no place in a line."""
+
+    due_ms: int
+    checks: int
+
+
+class Asking(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
+    """Due: an external limiter is being asked, since `since_ms`."""
+
+    since_ms: int
+    checks: int
+
+
+Pending: TypeAlias = Ready | Delayed | Waiting | Throttled | Checking | Asking
+
+
+Rank: TypeAlias = tuple[int, int, str]
+"""Start, priority and job id: who is ahead among jobs that wait for the same. Smaller goes first."""
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
@@ -118,6 +155,28 @@ class JobState(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=Fa
     cancelled_at_ms: int | None = None
     pending: Pending | None = None
     lease: Lease | None = None
+    limits: tuple[Limit, ...] = ()  # As the caller gave them, in this order.
+    passed: int = 0  # How many of them the pending or running attempt has passed.
+    held: tuple[Holder, ...] = ()  # The tickets it holds.
+    expires_at_ms: int | None = None  # When a job that has ended is deleted.
+
+    @property
+    def rank(self) -> Rank:
+        """Its place among jobs that wait for a ticket or a hit."""
+        assert self.next_start_ms is not None, "pending work has a start"
+        return max(0, self.next_start_ms), self.priority, self.job_id
+
+    @property
+    def next_limit(self) -> Limit | None:
+        """The first limit that the pending attempt has not passed."""
+        return self.limits[self.passed] if self.passed < len(self.limits) else None
+
+    @property
+    def rate_limit(self) -> RateLimit:
+        """The rate limit that the pending attempt is at."""
+        limit = self.next_limit
+        assert isinstance(limit, RateLimit), "only asked where a job waits for a rate limit"
+        return limit
 
     @property
     def next_attempt_number(self) -> int:
@@ -141,6 +200,7 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     payload: bytes
     retry_policy: RetryPolicy | None = None
     metadata: tuple[tuple[str, str], ...] = ()
+    limits: tuple[Limit, ...] = ()
 
 
 class ImportedJob(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -156,6 +216,7 @@ class ImportedJob(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     retry_policy: RetryPolicy | None = None
     metadata: tuple[tuple[str, str], ...] = ()
     attempts: tuple[PastAttempt, ...] = ()  # Oldest first.
+    limits: tuple[Limit, ...] = ()
 
 
 class LeasedTask(msgspec.Struct, frozen=True, gc=False):

@@ -12,8 +12,8 @@ from random import Random
 
 from silo.clock import Clock
 from silo.errors import Overloaded, ShardClosed, SiloError, StoreError, StoreFenced, describe
-from silo.model.job import LeasedTask
 from silo.model.shards import ShardInfo
+from silo.model.task import Leased
 from silo.node.layout import Layout, Storage
 from silo.node.node import ShardNotFound
 from silo.shard.dispatch import Room
@@ -90,7 +90,7 @@ class HostedNode:
 
     async def lease_anywhere(
         self, *, worker_id: str, task_group: str, max_tasks: int, wait_ms: int
-    ) -> list[tuple[str, LeasedTask]]:
+    ) -> list[tuple[str, Leased]]:
         """Lease up to `max_tasks` tasks with the ids of their shards, waiting up to `wait_ms` for the first.
 
         Shards are asked in random order, and one that fails is passed over. A caller that
@@ -113,12 +113,10 @@ class HostedNode:
                     await woken.wait()
         return taken
 
-    async def _lease_ready(
-        self, worker_id: str, task_group: str, max_tasks: int
-    ) -> list[tuple[str, LeasedTask]]:
+    async def _lease_ready(self, worker_id: str, task_group: str, max_tasks: int) -> list[tuple[str, Leased]]:
         """What the shards have, without waiting long for one that does not answer."""
         room = Room(max_tasks)
-        taken: dict[Shard, list[LeasedTask]] = {}
+        taken: dict[Shard, list[Leased]] = {}
         while not room.is_full:
             reading: set[asyncio.Task[None]] = set()
             for shard in self._rng.sample(list(self._open.values()), len(self._open)):
@@ -274,7 +272,7 @@ class HostedNode:
         return None if closed.cancelled() else closed.result()
 
 
-async def _once_durable(taken: dict[Shard, list[LeasedTask]]) -> list[tuple[str, LeasedTask]]:
+async def _once_durable(taken: dict[Shard, list[Leased]]) -> list[tuple[str, Leased]]:
     """The tasks whose leases are durable soon enough to be worth anything. Nobody was told of the others."""
     waits = {asyncio.ensure_future(shard.durable()): shard for shard in taken}
     try:

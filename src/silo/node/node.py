@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from silo.errors import ErrorKind, SiloError
-from silo.model.job import LeasedTask
 from silo.model.shards import ShardInfo
+from silo.model.task import Leased
 from silo.shard.shard import Shard
 
 
@@ -42,7 +42,7 @@ class Node(Protocol):
 
     async def lease_anywhere(
         self, *, worker_id: str, task_group: str, max_tasks: int, wait_ms: int
-    ) -> list[tuple[str, LeasedTask]]:
+    ) -> list[tuple[str, Leased]]:
         """Tasks from any shard with the id of theirs; with none ready, waits up to `wait_ms` for one."""
 
     async def reset_shards(self) -> int:

@@ -14,8 +14,10 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from silo.errors import ErrorKind, ShardClosed, SiloError, StateForbids, describe
+from silo.model.floating import FloatingState
 from silo.model.job import ImportedJob, JobStatus
 from silo.model.shards import HashRange
+from silo.model.task import Leased
 from silo.node.node import Node, ShardNotFound
 from silo.rpc.auth import EVERYTHING, Access, Tokens, Unauthenticated
 from silo.rpc.status import STATUS
@@ -151,8 +153,8 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
         validate.priority(request.priority)
         validate.metadata(request.metadata)
         validate.task_group(request.task_group, is_new=True)
-        validate.limits(request.limits)
         new = convert.new_job_from_pb(request, tenant=tenant)
+        validate.limits(new.limits)
         validate.payload(new.payload)
         return pb.EnqueueResponse(id=await shard.enqueue(new))
 
@@ -193,6 +195,13 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
         return pb.ExpediteJobResponse()
 
     @_answering
+    async def DropTenantHolders(
+        self, request: pb.DropTenantHoldersRequest, context: Any
+    ) -> pb.DropTenantHoldersResponse:
+        shard, tenant = self._job_scope(request)
+        return pb.DropTenantHoldersResponse(holders_dropped=await shard.drop_holders(tenant=tenant))
+
+    @_answering
     async def LeaseTask(self, request: pb.LeaseTaskRequest, context: Any) -> pb.LeaseTaskResponse:
         shard, tenant = self._job_scope(request)
         validate.worker_id(request.worker_id)
@@ -211,7 +220,7 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
                 max_tasks=request.max_tasks,
                 wait_ms=wait_ms,
             )
-            found = [(shard.shard_id, task) for task in tasks]
+            found: list[tuple[str, Leased]] = [(shard.shard_id, task) for task in tasks]
         else:
             found = await self._node.lease_anywhere(
                 worker_id=request.worker_id,
@@ -219,13 +228,27 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
                 max_tasks=request.max_tasks,
                 wait_ms=wait_ms,
             )
-        return pb.LeaseTasksResponse(tasks=[convert.task_to_pb(task, shard=name) for name, task in found])
+        response = pb.LeaseTasksResponse()
+        for name, task in found:
+            if isinstance(task, FloatingState):
+                response.refresh_tasks.append(convert.refresh_task_to_pb(task, shard=name))
+            else:
+                response.tasks.append(convert.task_to_pb(task, shard=name))
+        return response
 
     @_answering
     async def ReportOutcome(self, request: pb.ReportOutcomeRequest, context: Any) -> pb.ReportOutcomeResponse:
         shard = self._worker_scope(request)
         await shard.report(request.task_id, convert.outcome_from_pb(request))
         return pb.ReportOutcomeResponse()
+
+    @_answering
+    async def ReportRefreshOutcome(
+        self, request: pb.ReportRefreshOutcomeRequest, context: Any
+    ) -> pb.ReportRefreshOutcomeResponse:
+        shard = self._worker_scope(request)
+        await shard.report_refresh(request.task_id, convert.refresh_outcome_from_pb(request))
+        return pb.ReportRefreshOutcomeResponse()
 
     @_answering
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatResponse:
@@ -268,7 +291,7 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
         validate.priority(given.priority)
         validate.metadata(given.metadata)
         job = convert.imported_job_from_pb(given, tenant=tenant)
-        validate.limits(given.limits)
+        validate.limits(job.limits)
         validate.payload(job.payload)
         return shard_id, job
 

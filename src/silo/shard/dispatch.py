@@ -14,7 +14,8 @@ from collections.abc import Callable
 from itertools import islice
 
 from silo.model.job import JobState
-from silo.shard.window import Window
+from silo.model.task import Task
+from silo.shard.window import RowTally, Window
 from silo.storage import keys
 
 LEASE_COUNT_MAX = 4096  # Tasks and payload bytes handed out by one call.
@@ -24,10 +25,14 @@ _WINDOW_MIN, _WINDOW_MAX, _ROWS_MAX = 16, 512, 100_000
 
 
 class Room:
-    """What one answer may still hold. The first task may be of any size: a large one goes alone."""
+    """What one answer may still hold. The first task may be of any size: a large one goes alone.
+
+    Refreshes of floating limits come on top of the tasks that were asked for, up to as many again.
+    """
 
     def __init__(self, tasks: int) -> None:
         self.tasks = min(tasks, LEASE_COUNT_MAX)
+        self._refreshes = self.tasks
         self._bytes = LEASE_BYTES_MAX
         self._is_empty = True
 
@@ -35,12 +40,17 @@ class Room:
     def is_full(self) -> bool:
         return self.tasks <= 0 or self._bytes <= 0
 
-    def fits(self, state: JobState) -> bool:
-        return not self.is_full and (self._is_empty or state.payload_bytes <= self._bytes)
+    def fits(self, task: Task) -> bool:
+        if self.is_full or (self._refreshes <= 0 and not isinstance(task, JobState)):
+            return False
+        return self._is_empty or task.payload_bytes <= self._bytes
 
-    def use(self, state: JobState) -> None:
-        self.tasks -= 1
-        self._bytes -= state.payload_bytes
+    def use(self, task: Task) -> None:
+        if isinstance(task, JobState):
+            self.tasks -= 1
+        else:
+            self._refreshes -= 1
+        self._bytes -= task.payload_bytes
         self._is_empty = False
 
     def close(self) -> None:
@@ -51,12 +61,15 @@ class Room:
 class TaskGroupQueue:
     """The due work of one task group. Pure: it never touches the store."""
 
-    def __init__(self, task_group: str, *, residents_max: int | None = None) -> None:
+    def __init__(
+        self, task_group: str, *, residents_max: int | None = None, tally: RowTally | None = None
+    ) -> None:
         self.task_group = task_group
         self.prefix = keys.queue_group_prefix(task_group)
         self.end = keys.range_end(self.prefix)
         self._residents_max = residents_max or RESIDENTS_MAX
-        self._residents: dict[str, Window] = {}  # In the order of turns.
+        self._tally = tally or RowTally()
+        self._residents: dict[str, Window[Task]] = {}  # In the order of turns.
         self.beyond: bytes | None = self.prefix
         self._turns = 0  # Tasks taken since the cursor last moved.
         self._has_missed = False  # Some tenant behind the cursor may have work and no window.
@@ -85,20 +98,20 @@ class TaskGroupQueue:
         share = _ROWS_MAX // max(1, len(self._residents))
         return max(_WINDOW_MIN, min(_WINDOW_MAX, share))
 
-    def window(self, tenant: str) -> Window | None:
+    def window(self, tenant: str) -> Window[Task] | None:
         return self._residents.get(tenant)
 
-    def insert(self, key: bytes, state: JobState, floor: bytes) -> None:
+    def insert(self, key: bytes, task: Task, floor: bytes) -> None:
         """Work became due. `floor`: where this tenant's rows in the store begin."""
-        window = self._residents.get(state.tenant)
+        window = self._residents.get(task.tenant)
         if window is None:
             if len(self._residents) >= self._residents_max:
                 self._miss()
                 return
             # While tenants may be unread, this one may have older rows in the store.
-            window = Window(None if self.beyond is None else min(floor, key))
-            self._residents[state.tenant] = window
-        window.insert(key, state, limit=self.window_limit)
+            window = Window(None if self.beyond is None else min(floor, key), self._tally)
+            self._residents[task.tenant] = window
+        window.insert(key, task, limit=self.window_limit)
 
     def remove(self, key: bytes, tenant: str) -> None:
         """Work left its queue."""
@@ -107,12 +120,12 @@ class TaskGroupQueue:
             window.remove(key)
             self._drop_if_done(tenant, window)
 
-    def take(self, room: Room, is_loaded: Callable[[JobState], bool]) -> list[JobState]:
+    def take(self, room: Room, is_loaded: Callable[[Task], bool]) -> list[Task]:
         """Take what there is room for, by turns; the caller deletes the rows in the same step.
 
         A tenant whose next task is not loaded is passed over.
         """
-        taken: list[JobState] = []
+        taken: list[Task] = []
         passed = 0
         while not room.is_full and passed < len(self._residents):
             tenant, window = next(iter(self._residents.items()))
@@ -129,31 +142,31 @@ class TaskGroupQueue:
             self._turns += 1  # Only work that was taken counts: the others must not make room yet.
             key = window.first_key
             assert key is not None
-            state = window.first()
-            room.use(state)
-            taken.append(state)
+            task = window.first()
+            room.use(task)
+            taken.append(task)
             window.remove(key)
             self._drop_if_done(tenant, window)
         return taken
 
-    def preview(self, count: int) -> list[JobState]:
+    def preview(self, count: int) -> list[Task]:
         """The next tasks in about the order of `take`, without taking them."""
         windows = list(islice(self._residents.values(), count))
-        found: list[JobState] = []
+        found: list[Task] = []
         index = 0
         while windows and len(found) < count:
             windows = [window for window in windows if index < len(window)]
             for window in windows[: count - len(found)]:
-                state = window.state_at(index)
-                assert state is not None
-                found.append(state)
+                task = window.state_at(index)
+                assert task is not None
+                found.append(task)
             index += 1
         return found
 
-    def hungry(self, limit: int) -> list[tuple[str, Window]]:
+    def hungry(self, limit: int) -> list[tuple[str, Window[Task]]]:
         """Tenants whose window runs low while the store has more."""
         low = self.window_limit // 4
-        found: list[tuple[str, Window]] = []
+        found: list[tuple[str, Window[Task]]] = []
         for tenant, window in self._residents.items():
             if window.bound is not None and len(window) <= low and not window.is_refilling:
                 found.append((tenant, window))
@@ -167,7 +180,7 @@ class TaskGroupQueue:
             return True
         if len(self._residents) >= self._residents_max:
             return False
-        self._residents[tenant] = Window(floor)
+        self._residents[tenant] = Window(floor, self._tally)
         return True
 
     def make_room(self) -> None:
@@ -175,8 +188,16 @@ class TaskGroupQueue:
         if len(self._residents) < self._residents_max:
             return
         for tenant in list(self._residents)[self._residents_max // 2 :]:
-            del self._residents[tenant]
+            self._residents.pop(tenant).let_go()
         self._miss()
+
+    def let_go(self) -> None:
+        """Forget all that is in memory; whoever asks for this work next reads it again."""
+        for window in self._residents.values():
+            window.let_go()
+        self._residents.clear()
+        self._has_missed = True  # A search under way has found some of them already.
+        self.beyond = self.prefix
 
     def reached(self, cursor: bytes | None) -> None:
         """The search for tenants got to `cursor`, or to the end of the group (None)."""
@@ -197,6 +218,6 @@ class TaskGroupQueue:
         if self.beyond is None:
             self.reached(None)
 
-    def _drop_if_done(self, tenant: str, window: Window) -> None:
+    def _drop_if_done(self, tenant: str, window: Window[Task]) -> None:
         if not len(window) and window.is_complete:
             del self._residents[tenant]

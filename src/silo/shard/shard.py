@@ -11,15 +11,16 @@ and whoever owns it opens it again.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from itertools import islice
 from random import Random
 from typing import NoReturn
 from uuid import UUID
 
 import msgspec
 
-from silo.clock import Alarm, Clock
-from silo.engine import admission, control, importing, leasing, outcomes
+from silo.clock import Clock
+from silo.engine import admission, control, floating, leasing, outcomes
+from silo.engine.limit_chain import Rules
+from silo.engine.retention import Retention
 from silo.engine.schedule import PRIORITY_STEP_MS
 from silo.errors import (
     JobExists,
@@ -32,44 +33,43 @@ from silo.errors import (
     SiloError,
     StateForbids,
     StoreCorrupt,
+    WrongTask,
 )
 from silo.model.attempt import Attempt, Outcome
 from silo.model.change import Change
 from silo.model.counts import ShardTotals
-from silo.model.job import (
-    LEASE_MS,
-    Delayed,
-    ImportedJob,
-    Job,
-    JobState,
-    JobStatus,
-    LeasedTask,
-    NewJob,
-    Ready,
-)
+from silo.model.floating import FloatingState, RefreshOutcome, RefreshSucceeded
+from silo.model.job import LEASE_MS, ImportedJob, Job, JobState, JobStatus, LeasedTask, NewJob
 from silo.model.shards import HashRange
 from silo.model.storage import StorageInfo
+from silo.model.task import Leased
 from silo.model.view import JobView
+from silo.shard.asker import Asker
 from silo.shard.committer import Committer, Rows
 from silo.shard.dispatch import Room, TaskGroupQueue
 from silo.shard.feeder import Feeder
 from silo.shard.floors import Floors
 from silo.shard.guard import GuardedStore
-from silo.shard.listeners import Listeners
-from silo.shard.views import Counters, JobCache, leases_from
-from silo.shard.window import Window
+from silo.shard.imports import Imports
+from silo.shard.limiter import RateLimiter
+from silo.shard.loader import Loader
+from silo.shard.reader import Reader
+from silo.shard.reads import Reads
+from silo.shard.state import ShardState
+from silo.shard.steps import Steps
+from silo.shard.timekeeper import Timekeeper
+from silo.shard.views import leases_from
 from silo.storage import codec, keys
-from silo.storage.batch import pending_key, write_change
 from silo.storage.store import Row, Store, scan_all
+from silo.telemetry.logging import Log
+
+log = Log("silo.shard")
 
 GROUP_ROWS_MAX = 100_000  # Rows in the open group, and bytes of new jobs, before commands are refused.
 GROUP_BYTES_MAX = 256 << 20
-_TICK_TASKS = 512
-_TIMER_WINDOW = 512
 _SCAN_ROWS = 4096
+_DROP_ROWS = 256  # Tickets taken away in one step.
 _CLOSE_TIMEOUT_S = 30.0
-_QUEUES_MAX = 10_000  # Task groups in memory, before idle ones are dropped.
-_QUEUES_LOOKED_AT = 16  # For each new one beyond.
 
 
 class ShardOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +77,7 @@ class ShardOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     priority_step_ms: int = PRIORITY_STEP_MS
     max_pending_jobs: int | None = None  # Of each tenant; None: as many as they like.
+    retention: Retention = Retention()
     store_timeout_s: float = 30.0  # A call to the store that takes longer counts as failed.
 
 
@@ -96,6 +97,7 @@ class Shard:
         clock: Clock,
         rng: Random,
         options: ShardOptions,
+        limiter: RateLimiter | None,
         recovered: "_Recovered",
     ) -> None:
         """Use `open`."""
@@ -107,27 +109,53 @@ class Shard:
         self._rng = rng
         self._step_ms = options.priority_step_ms
         self._max_pending_jobs = options.max_pending_jobs
-        self._counters = Counters(recovered.totals)
-        self._jobs = JobCache()
-        self._floors = Floors(recovered.floors)
-        self._leases = leases_from(recovered.leases, grace_until_ms=clock.now_ms() + LEASE_MS)
-        self._queues: dict[str, TaskGroupQueue] = {}
-        self._timers = Window(self._floors.start(keys.TIMERS))
-        self._committer = Committer(store, seal=self._seal, failed=self._stop)
-        self._feeder = Feeder(
-            store=store,
+        floors = Floors(recovered.floors)
+        self._committer = Committer(store, seal=self._seal_group, failed=self._stop)
+        self._state = ShardState(
+            totals=recovered.totals,
+            floors=floors,
+            leases=leases_from(recovered.leases, grace_until_ms=clock.now_ms() + LEASE_MS),
             committer=self._committer,
-            floors=self._floors,
-            counters=self._counters,
-            jobs=self._jobs,
+            wake_at=self._wake_at,
+        )
+        reader = Reader(store, self._committer, floors)
+        self._reader = reader
+        self._reads = Reads(self._fail)
+        self._loader = Loader(self._state, reader, self._reads)
+        self._feeder = Feeder(self._state, reader, self._reads, self._loader)
+        self._steps = Steps(
+            self._state,
+            clock=clock,
+            rules=Rules(priority_step_ms=options.priority_step_ms, asks_outside=limiter is not None),
+            retention=options.retention,
+            new_id=self._new_id,
+        )
+        self._timekeeper = Timekeeper(
+            self._state,
+            self._steps,
+            self._loader,
+            clock=clock,
+            rng=rng,
+            priority_step_ms=options.priority_step_ms,
+            load_job=self._load_running,
+        )
+        self._imports = Imports(
+            committer=self._committer,
+            loader=self._loader,
+            steps=self._steps,
+            clock=clock,
+            priority_step_ms=options.priority_step_ms,
+            new_id=self._new_id,
+        )
+        self._asker = Asker(
+            self._state,
+            self._steps,
+            self._loader,
+            limiter,
+            load_job=self._load_running,
             failed=self._fail,
         )
-        self._listeners = Listeners(self._has_work)
-        self._open_bytes = 0  # Of new jobs in the open group.
         self._ends_waits = False
-        self._alarm: Alarm | None = None
-        self._alarm_at_ms: int | None = None
-        self._due = asyncio.Event()
         self._stopped = asyncio.Event()
         self._stop_cause: BaseException | None = None
         self._loops: list[asyncio.Task[None]] = []
@@ -143,10 +171,12 @@ class Shard:
         clock: Clock,
         rng: Random,
         options: ShardOptions | None = None,
+        limiter: RateLimiter | None = None,
     ) -> "Shard":
         """Recover a shard from its store, which it owns and closes from here on.
 
-        Reads the leases and the floors, not the backlog and not the history.
+        Reads the leases and the floors, not the backlog and not the history. With a
+        `limiter` it is asked about rate limits; without, the shard keeps their buckets.
 
         Raises:
             StoreError: the store failed, or its records do not decode.
@@ -162,6 +192,7 @@ class Shard:
                 clock=clock,
                 rng=rng,
                 options=options,
+                limiter=limiter,
                 recovered=recovered,
             )
         except BaseException:
@@ -172,17 +203,17 @@ class Shard:
 
     def __repr__(self) -> str:
         return (
-            f"Shard({self.shard_id}, {len(self._leases)} leases, {len(self._queues)} task groups, "
-            f"{self._committer!r})"
+            f"Shard({self.shard_id}, {len(self._state.leases)} leases, "
+            f"{len(self._state.queues)} task groups, {self._state.limits!r}, {self._committer!r})"
         )
 
     @property
     def counts(self) -> ShardTotals:
-        return self._counters.totals
+        return self._state.counters.totals
 
     def queue(self, task_group: str) -> TaskGroupQueue | None:
         """What is in memory of a task group's due work, to look at; None before anyone asked for it."""
-        return self._queues.get(task_group)
+        return self._state.queues.get(task_group)
 
     @property
     def groups_written(self) -> int:
@@ -201,23 +232,22 @@ class Shard:
         """
         self._check_open()
         job_id = new.id if new.id is not None else self._new_id()
-        while True:
-            await self._feeder.load_counts((new.tenant,))
-            if new.id is not None:
-                [stored] = await self._committer.read([keys.state_key(new.tenant, job_id)])
-                if stored is not None:
-                    await self._refuse(JobExists(job_id))
-            if self._counters.has(new.tenant):
-                break
-        self._check_open()
-        most = self._max_pending_jobs
-        if most is not None and self._counters.get(new.tenant).pending >= most:
-            # After the look for the id: whoever repeats an enqueue that was taken hears that it exists.
-            await self._refuse(_quota_reached(new.tenant, most))
         change = admission.admit(
             new, job_id=job_id, now_ms=self._clock.now_ms(), priority_step_ms=self._step_ms
         )
-        self._apply(change)
+        assert change.after is not None
+        if new.id is None:
+            await self._ready(change.after)
+        else:
+            [stored] = await self._read_ready(change.after, [keys.state_key(new.tenant, job_id)])
+            if stored is not None:
+                await self._refuse(JobExists(job_id))
+        self._check_open()
+        most = self._max_pending_jobs
+        if most is not None and self._state.counters.get(new.tenant).pending >= most:
+            # After the look for the id: whoever repeats an enqueue that was taken hears that it exists.
+            await self._refuse(_quota_reached(new.tenant, most))
+        self._steps.take(change)
         await self._committer.durable()
         return job_id
 
@@ -288,6 +318,27 @@ class Shard:
             return
         await self._commit(lambda: control.delete(state, job))
 
+    async def drop_holders(self, *, tenant: str) -> int:
+        """Take all tickets of concurrency queues from the tenant's jobs, whatever they do; how many.
+
+        For emergencies: jobs that run go on, so more may run than the limits allow. Tickets that
+        are granted meanwhile may survive. A caller that goes away ends it half-way, which is harmless.
+        """
+        self._check_open()
+        await self._committer.durable()
+        dropped = 0
+        async for key, _ in scan_all(self._store, keys.holders_prefix(tenant), page_rows=_DROP_ROWS):
+            _, job_id = keys.read_holder(key)
+            try:
+                state, _ = await self._load(tenant, job_id)
+            except JobNotFound:
+                continue
+            if state.held:
+                dropped += len(state.held)
+                self._steps.take(control.without_tickets(state))
+        await self._committer.durable()
+        return dropped
+
     async def import_jobs(self, *, tenant: str, jobs: Sequence[ImportedJob]) -> list[JobStatus | SiloError]:
         """Take in jobs of one tenant with their history; for each its status now, or why it was refused.
 
@@ -299,20 +350,12 @@ class Shard:
             Overloaded: too much waits to be written; nothing was changed.
         """
         self._check_open()
-        histories = await self._read_histories(tenant, jobs)
+        histories = await self._imports.read(tenant, jobs)
         self._check_open()
         try:
-            importing.check_none_runs(
-                history.state for history in histories.values() if isinstance(history, _History)
-            )
+            answers = self._imports.take(jobs, histories)
         except StateForbids as refusal:
             await self._refuse(refusal)
-        answers: list[JobStatus | SiloError] = []
-        for job in jobs:
-            try:
-                answers.append(self._import(job, histories))
-            except SiloError as refusal:
-                answers.append(refusal)
         await self._committer.durable()
         return answers
 
@@ -350,11 +393,12 @@ class Shard:
 
     async def lease_tasks(
         self, *, worker_id: str, task_group: str, max_tasks: int, wait_ms: int = 0
-    ) -> list[LeasedTask]:
+    ) -> list[Leased]:
         """Lease up to `max_tasks` due tasks, by turns of tenants and virtual deadlines.
 
-        With none ready it waits up to `wait_ms` for one. A caller that goes away before
-        the tasks were taken leaves them where they were; after that they stay leased.
+        Refreshes of floating limits come among them and on top, up to as many again. With none
+        ready it waits up to `wait_ms` for one. A caller that goes away before the tasks were taken
+        leaves them where they were; after that they stay leased.
         """
         room = Room(max_tasks)
         deadline_ms = self._clock.now_ms() + wait_ms
@@ -368,9 +412,9 @@ class Shard:
             await self._work_or_deadline(task_group, deadline_ms)
         return []
 
-    async def _take_tasks(self, worker_id: str, task_group: str, room: Room) -> list[LeasedTask]:
+    async def _take_tasks(self, worker_id: str, task_group: str, room: Room) -> list[Leased]:
         """Lease what is due and fits, reading on in the store while it has more."""
-        taken: list[LeasedTask] = []
+        taken: list[Leased] = []
         self._check_open()
         while True:
             # What was taken is told, however much waits to be written by now.
@@ -382,7 +426,7 @@ class Shard:
 
     def take_loaded(
         self, *, worker_id: str, task_group: str, room: Room
-    ) -> tuple[list[LeasedTask], asyncio.Task[None] | None]:
+    ) -> tuple[list[Leased], asyncio.Task[None] | None]:
         """Lease what is due, fits and is in memory; and what to wait for if there is more.
 
         For callers who ask several shards: the leases count once `durable` has returned.
@@ -392,9 +436,9 @@ class Shard:
 
     def _take_loaded(
         self, worker_id: str, task_group: str, room: Room
-    ) -> tuple[list[LeasedTask], asyncio.Task[None] | None]:
+    ) -> tuple[list[Leased], asyncio.Task[None] | None]:
         self._check_running()
-        queue = self._queue(task_group)
+        queue = self._state.queue(task_group)
         taken = self._take(queue, worker_id, room)
         return taken, self._feeder.feed(queue, room.tasks)
 
@@ -428,15 +472,18 @@ class Shard:
 
         Raises:
             LeaseNotFound: the lease ran out or was reported; forget the task.
+            StateForbids: the task is the refresh of a floating limit.
         """
-        self._check_running()
-        state = self._leases.get(task_id)
-        while state is not None and not self._counters.has(state.tenant):
-            await self._feeder.load_counts((state.tenant,))
+        while True:
             self._check_running()
-            state = self._leases.get(task_id)
-        if state is None:
-            await self._refuse(LeaseNotFound(task_id=task_id))
+            state = self._state.leases.get(task_id)
+            if state is None:
+                await self._refuse(LeaseNotFound(task_id=task_id))
+            if isinstance(state, FloatingState):
+                await self._refuse(StateForbids("task is the refresh of a floating limit", task_id=task_id))
+            if self._loader.has(state):
+                break
+            await self._loader.load([state])
         change = outcomes.ended(
             state,
             outcome,
@@ -444,7 +491,33 @@ class Shard:
             priority_step_ms=self._step_ms,
             rng=self._rng,
         )
-        self._apply(change)
+        self._steps.take(change)
+        await self._committer.durable()
+
+    async def report_refresh(self, task_id: str, outcome: RefreshOutcome) -> None:
+        """End the refresh of a floating limit: with a new maximum, or with none and a pause.
+
+        Raises:
+            LeaseNotFound: the lease ran out or was reported; forget the task.
+            WrongTask: the task is a job's.
+        """
+        while True:
+            self._check_running()
+            state = self._state.leases.get(task_id)
+            if state is None:
+                await self._refuse(LeaseNotFound(task_id=task_id))
+            if not isinstance(state, FloatingState):
+                await self._refuse(WrongTask(task_id=task_id))
+            if self._loader.has_floating(state):
+                break
+            await self._loader.load_floating((state.tenant, state.key))
+        now_ms = self._clock.now_ms()
+        if isinstance(outcome, RefreshSucceeded):
+            after = floating.succeeded(state, max_concurrency=outcome.max_concurrency, now_ms=now_ms)
+        else:
+            after = floating.failed(state, now_ms=now_ms)
+            log.info("refresh of a floating limit failed", shard_id=self.shard_id, failures=after.failures)
+        self._steps.take_floating(state, after)
         await self._committer.durable()
 
     async def heartbeat(self, *, task_id: str, worker_id: str) -> int | None:
@@ -457,18 +530,19 @@ class Shard:
             LeaseOwnerMismatch: another worker has it; stop working.
         """
         self._check_running()
-        state = self._leases.get(task_id)
+        leases = self._state.leases
+        state = leases.get(task_id)
         if state is None:
             await self._refuse(LeaseNotFound(task_id=task_id))
         assert state.lease is not None
         if state.lease.worker_id != worker_id:
             await self._refuse(LeaseOwnerMismatch(task_id=task_id))
-        self._leases.extend(task_id, self._clock.now_ms() + LEASE_MS)
+        leases.extend(task_id, self._clock.now_ms() + LEASE_MS)
         return state.cancelled_at_ms
 
     def task_group_of(self, task_id: str) -> str | None:
         """The task group of a leased task; None when nobody holds it."""
-        state = self._leases.get(task_id)
+        state = self._state.leases.get(task_id)
         return None if state is None else state.task_group
 
     def on_work(self, task_group: str, callback: Callable[[], None]) -> Callable[[], None]:
@@ -477,99 +551,16 @@ class Shard:
         One waiter is called for each task, so look for work after each call, and stop as soon
         as nobody waits any more.
         """
-        return self._listeners.add(task_group, callback)
+        return self._state.listeners.add(task_group, callback)
 
     def end_waits(self) -> None:
         """Let everyone who waits for work go home, now and from now on."""
         self._ends_waits = True
-        self._listeners.wake_all()
-
-    def _has_work(self, task_group: str) -> bool:
-        queue = self._queues.get(task_group)
-        return queue is not None and not queue.is_empty
-
-    # Time
+        self._state.listeners.wake_all()
 
     async def tick(self) -> int:
-        """Move due work to its queues and end expired leases; how many steps that took."""
-        self._due.clear()
-        done = 0
-        while not self._is_stopped:
-            now_ms = self._clock.now_ms()
-            moved = await self._move_due(now_ms) + await self._expire(now_ms)
-            if not moved:
-                break
-            done += moved
-            await self._committer.durable()
-        self._arm()
-        return done
-
-    async def _move_due(self, now_ms: int) -> int:
-        if self._timers.bound is not None and len(self._timers) < _TIMER_WINDOW // 4:
-            await self._feeder.refill_timers(self._timers)
-        moved = 0
-        while len(self._timers) and moved < _TICK_TASKS:
-            state = self._timers.first()
-            assert isinstance(state.pending, Delayed)
-            if state.pending.due_ms > now_ms:
-                break
-            self._apply(leasing.become_due(state, priority_step_ms=self._step_ms))
-            moved += 1
-        return moved
-
-    async def _expire(self, now_ms: int) -> int:
-        expired = self._leases.expired(now_ms, _TICK_TASKS)
-        await self._feeder.load_counts(state.tenant for state in expired)
-        ended = 0
-        for state in self._leases.expired(now_ms, _TICK_TASKS):
-            assert state.lease is not None
-            if not self._counters.has(state.tenant):
-                continue
-            change = outcomes.expired(
-                state,
-                expiry_ms=self._leases.expiry_ms(state.lease.task_id),
-                now_ms=now_ms,
-                priority_step_ms=self._step_ms,
-                rng=self._rng,
-            )
-            self._apply(change)
-            ended += 1
-        return ended
-
-    def _arm(self) -> None:
-        """Set the alarm to the next moment at which something is due."""
-        times = [self._leases.next_expiry_ms()]
-        if len(self._timers):
-            pending = self._timers.first().pending
-            assert isinstance(pending, Delayed)
-            times.append(pending.due_ms)
-        elif self._timers.bound is not None:
-            times.append(self._clock.now_ms())
-        known = [at_ms for at_ms in times if at_ms is not None]
-        at_ms = min(known) if known else None
-        if at_ms == self._alarm_at_ms:
-            return
-        if self._alarm is not None:
-            self._alarm.cancel()
-        self._alarm_at_ms = at_ms
-        self._alarm = None if at_ms is None else self._clock.call_at(at_ms, self._ring)
-
-    def _arm_for(self, at_ms: int) -> None:
-        if self._alarm_at_ms is None or at_ms < self._alarm_at_ms:
-            self._arm()
-
-    def _ring(self) -> None:
-        self._alarm = None
-        self._alarm_at_ms = None
-        self._due.set()
-
-    async def _run_timers(self) -> None:
-        while not self._is_stopped:
-            try:
-                await self.tick()
-            except ShardClosed:
-                return
-            await self._due.wait()
+        """Do all that is due by now; how many steps that took. Tests call it after moving the clock."""
+        return await self._timekeeper.tick()
 
     # Life cycle
 
@@ -577,7 +568,8 @@ class Shard:
         loop = asyncio.get_running_loop()
         self._loops = [
             loop.create_task(self._guarded(self._committer.run), name=f"commit {self.shard_id}"),
-            loop.create_task(self._guarded(self._run_timers), name=f"timers {self.shard_id}"),
+            loop.create_task(self._guarded(self._timekeeper.run), name=f"timers {self.shard_id}"),
+            loop.create_task(self._guarded(self._asker.run), name=f"ask limiter {self.shard_id}"),
         ]
 
     async def _guarded(self, run: Callable[[], Awaitable[None]]) -> None:
@@ -599,10 +591,12 @@ class Shard:
         """
         self._stop(None)
         self._committer.finish()
-        self._feeder.stop()
-        commit, timers = self._loops
-        timers.cancel()
-        await asyncio.wait({timers})
+        self._reads.stop()
+        await self._asker.close()
+        commit, *others = self._loops
+        for task in others:
+            task.cancel()
+        await asyncio.wait(others)
         _done, late = await asyncio.wait({commit}, timeout=_CLOSE_TIMEOUT_S)
         for task in late:
             task.cancel()
@@ -618,11 +612,9 @@ class Shard:
         if self._is_stopped:
             return
         self._stop_cause = cause
-        if self._alarm is not None:
-            self._alarm.cancel()
-        self._due.set()
+        self._timekeeper.stop()
         self._stopped.set()
-        self._listeners.wake_all()
+        self._state.listeners.wake_all()
 
     def _fail(self, cause: BaseException) -> None:
         """The store cannot be trusted any more: stop, and tell whoever waits."""
@@ -639,20 +631,39 @@ class Shard:
     def _check_open(self) -> None:
         """Whether commands that add work are taken. Those that end work always are."""
         self._check_running()
-        if len(self._committer.rows) > GROUP_ROWS_MAX or self._open_bytes > GROUP_BYTES_MAX:
+        if len(self._committer.rows) > GROUP_ROWS_MAX or self._state.open_bytes > GROUP_BYTES_MAX:
             raise Overloaded("too many changes wait to be written; try again", shard=self.shard_id)
 
     # Steps that commands share
 
-    async def _load(self, tenant: str, job_id: str) -> tuple[JobState, Job]:
-        """The job as it stands now, and its tenant's counters: nothing is awaited after the look."""
-        self._check_open()
+    async def _ready(self, state: JobState) -> None:
+        """Have in memory what a step of this job looks at: nothing is awaited after the look."""
+        while not self._loader.has(state):
+            await self._loader.load([state])
+
+    async def _read_ready(self, state: JobState, rows: list[bytes]) -> list[bytes | None]:
+        """Read rows, with in memory what a step of this job looks at: nothing is awaited after the look."""
         while True:
-            await self._feeder.load_counts((tenant,))
+            await self._ready(state)
+            values = await self._committer.read(rows)
+            if self._loader.has(state):
+                return values
+
+    async def _load(self, tenant: str, job_id: str) -> tuple[JobState, Job]:
+        """The job as it stands now, and all that a step of it looks at: nothing is awaited after the look."""
+        self._check_open()
+        loaded = await self._load_running(tenant, job_id)
+        self._check_open()
+        return loaded
+
+    async def _load_running(self, tenant: str, job_id: str) -> tuple[JobState, Job]:
+        """The same for what goes on while commands are refused."""
+        while True:
             loaded = await self._read_job(tenant, job_id)
-            if self._counters.has(tenant):
-                self._check_open()
+            if self._loader.has(loaded[0]):
+                self._check_running()
                 return loaded
+            await self._loader.load([loaded[0]])
 
     async def _read_job(self, tenant: str, job_id: str) -> tuple[JobState, Job]:
         rows = [keys.state_key(tenant, job_id), keys.job_key(tenant, job_id)]
@@ -663,61 +674,12 @@ class Shard:
             raise StoreCorrupt("a job has a state but no description", shard=self.shard_id)
         return codec.decode(JobState, state_row), codec.decode(Job, job_row)
 
-    async def _read_histories(
-        self, tenant: str, jobs: Sequence[ImportedJob]
-    ) -> "dict[str, _History | StoreCorrupt]":
-        """What stands of these jobs, by id, and the tenant's counters: nothing is awaited after the look.
-
-        Jobs that do not exist are left out; of attempts there is what the import looks at.
-        """
-        counts = dict.fromkeys((job.id for job in jobs), 0)  # How many attempts of each are read.
-        while True:
-            await self._feeder.load_counts((tenant,))
-            rows = [keys.state_key(tenant, job_id) for job_id in counts]
-            for job_id, count in counts.items():
-                rows += [keys.attempt_key(tenant, job_id, number) for number in range(1, count + 1)]
-            values = dict(zip(rows, await self._committer.read(rows), strict=True))
-            found = {job_id: _history(values, tenant, job_id, count) for job_id, count in counts.items()}
-            is_whole = True
-            for job in jobs:
-                match found[job.id]:
-                    case _History(state=state) if importing.compares_history(state, job):
-                        if state.attempts_ended > counts[job.id]:
-                            counts[job.id] = state.attempts_ended
-                            is_whole = False
-            if is_whole and self._counters.has(tenant):
-                return {job_id: history for job_id, history in found.items() if history is not None}
-
-    def _import(self, job: ImportedJob, histories: "dict[str, _History | StoreCorrupt]") -> JobStatus:
-        history = histories.get(job.id)
-        if isinstance(history, StoreCorrupt):
-            raise history
-        now_ms = self._clock.now_ms()
-        if history is None:
-            change = importing.import_new(
-                job, new_task_id=self._new_id, now_ms=now_ms, priority_step_ms=self._step_ms
-            )
-        else:
-            change = importing.reimport(
-                history.state,
-                history.attempts,
-                job,
-                new_task_id=self._new_id,
-                now_ms=now_ms,
-                priority_step_ms=self._step_ms,
-            )
-        self._apply(change)
-        assert change.after is not None
-        earlier = history.attempts if history is not None else ()
-        histories[job.id] = _History(change.after, earlier + change.attempts)
-        return change.after.status
-
     async def _commit(self, decide: Callable[[], Change]) -> Change:
         try:
             change = decide()
         except SiloError as refusal:
             await self._refuse(refusal)
-        self._apply(change)
+        change = self._steps.take(change)
         await self._committer.durable()
         return change
 
@@ -726,87 +688,21 @@ class Shard:
         await self._committer.durable()
         raise refusal
 
-    def _take(self, queue: TaskGroupQueue, worker_id: str, room: Room) -> list[LeasedTask]:
+    def _take(self, queue: TaskGroupQueue, worker_id: str, room: Room) -> list[Leased]:
         now_ms = self._clock.now_ms()
-        leased: list[LeasedTask] = []
-        for state in queue.take(room, self._feeder.is_loaded):
-            job = self._jobs.pop(state)
-            change = leasing.lease(state, task_id=self._new_id(), worker_id=worker_id, now_ms=now_ms)
-            self._apply(change)
+        leased: list[Leased] = []
+        for task in queue.take(room, self._feeder.is_loaded):
+            if isinstance(task, FloatingState):
+                after = floating.leased(task, task_id=self._new_id(), worker_id=worker_id, now_ms=now_ms)
+                self._state.apply_floating(task, after)
+                leased.append(after)
+                continue
+            job = self._state.jobs.pop(task)
+            change = leasing.lease(task, task_id=self._new_id(), worker_id=worker_id, now_ms=now_ms)
+            self._state.apply(change)  # Nothing follows from it: its tickets stay where they are.
             assert change.after is not None
             leased.append(LeasedTask(job, change.after))
         return leased
-
-    def _apply(self, change: Change) -> None:
-        """Make a decision true: in the open group, and in memory. Nothing here can fail or wait."""
-        before, after = change.before, change.after
-        rows = self._committer.rows
-        write_change(change, rows)
-        if change.job is not None:  # Created or deleted: whatever is cached under its id is another job.
-            self._jobs.drop(change.job.tenant, change.job.id)
-            self._open_bytes += change.subject.payload_bytes
-        if before is not None:
-            self._leave(before, after)
-        if after is not None:
-            self._enter(before, after, change.job, rows)
-        tenant = change.subject.tenant
-        self._counters.move(tenant, before.status if before else None, after.status if after else None)
-
-    def _leave(self, before: JobState, after: JobState | None) -> None:
-        match before.pending:
-            case Ready():
-                queue = self._queues.get(before.task_group)
-                if queue is not None:
-                    queue.remove(pending_key(before), before.tenant)
-                self._jobs.drop(before.tenant, before.job_id)
-            case Delayed():
-                self._timers.remove(pending_key(before))
-            case None:
-                pass
-        if before.lease is not None and (after is None or after.lease is None):
-            self._leases.drop(before.lease.task_id)
-
-    def _enter(self, before: JobState | None, after: JobState, job: Job | None, rows: Rows) -> None:
-        match after.pending:
-            case Ready():
-                self._enter_queue(after, job, rows)
-            case Delayed(due_ms=due_ms):
-                key = pending_key(after)
-                self._floors.admit(keys.TIMERS, key, rows)
-                self._timers.insert(key, after, limit=_TIMER_WINDOW)
-                self._arm_for(due_ms)
-            case None:
-                pass
-        if after.lease is not None:
-            self._leases.put(after, after.lease.expiry_ms)
-            if before is None or before.lease is None:
-                self._arm_for(after.lease.expiry_ms)
-
-    def _enter_queue(self, state: JobState, job: Job | None, rows: Rows) -> None:
-        key = pending_key(state)
-        prefix = keys.queue_prefix(state.task_group, state.tenant)
-        self._floors.admit(prefix, key, rows)
-        queue = self._queues.get(state.task_group)
-        if queue is not None:
-            queue.insert(key, state, self._floors.start(prefix))
-            if job is not None and self._jobs.has_room(job):
-                self._jobs.put(job)
-        self._listeners.wake_one(state.task_group)
-
-    def _queue(self, task_group: str) -> TaskGroupQueue:
-        queue = self._queues.get(task_group)
-        if queue is None:
-            queue = self._queues[task_group] = TaskGroupQueue(task_group)
-            if len(self._queues) > _QUEUES_MAX:
-                self._forget_idle_queues()
-        return queue
-
-    def _forget_idle_queues(self) -> None:
-        """Drop what is empty and not waited for, of those that were not looked at for longest."""
-        for name in list(islice(self._queues, _QUEUES_LOOKED_AT)):
-            queue = self._queues.pop(name)
-            if not queue.is_empty or name in self._listeners:
-                self._queues[name] = queue
 
     async def _work_or_deadline(self, task_group: str, deadline_ms: int) -> None:
         woken = asyncio.Event()
@@ -818,20 +714,14 @@ class Shard:
             stop()
             alarm.cancel()
 
-    def _seal(self, rows: Rows) -> None:
-        self._open_bytes = 0
-        self._counters.seal(rows)
-        self._counters.trim()
+    def _wake_at(self, at_ms: int) -> None:
+        self._timekeeper.wake_at(at_ms)
+
+    def _seal_group(self, rows: Rows) -> None:
+        self._state.seal(rows)
 
     def _new_id(self) -> str:
         return str(UUID(int=self._rng.getrandbits(128), version=4))
-
-
-class _History(msgspec.Struct, frozen=True, gc=False):
-    """What an import compares with."""
-
-    state: JobState
-    attempts: tuple[Attempt, ...]
 
 
 class _Recovered(msgspec.Struct, frozen=True):
@@ -841,25 +731,6 @@ class _Recovered(msgspec.Struct, frozen=True):
     totals: ShardTotals
     leases: list[Row]
     floors: list[Row]
-
-
-def _history(values: Rows, tenant: str, job_id: str, count: int) -> _History | StoreCorrupt | None:
-    """A job with its first `count` attempts; what is damaged is the trouble of this job only."""
-    row = values[keys.state_key(tenant, job_id)]
-    if row is None:
-        return None
-    try:
-        state = codec.decode(JobState, row)
-        found = [values[keys.attempt_key(tenant, job_id, number)] for number in range(1, count + 1)]
-        # There are fewer when the job was made anew while its attempts were read.
-        attempts = tuple(
-            codec.decode(Attempt, row) for row in found[: state.attempts_ended] if row is not None
-        )
-    except StoreCorrupt as error:
-        return error
-    if len(attempts) < min(count, state.attempts_ended):
-        return StoreCorrupt("attempts are missing from a job's history", job_id=job_id)
-    return _History(state, attempts)
 
 
 def _quota_reached(tenant: str, most: int) -> QuotaReached:

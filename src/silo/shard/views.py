@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from silo.errors import StoreCorrupt
 from silo.model.counts import ShardTotals, TenantCounts
 from silo.model.job import Job, JobState, JobStatus, task_bytes
+from silo.model.task import Task
 from silo.shard.committer import Rows
 from silo.storage import codec, keys
 from silo.telemetry.logging import Log
@@ -18,28 +19,28 @@ _JOB_OVERHEAD_BYTES = 600
 
 
 class Leases:
-    """Running attempts by task id, and when each one expires.
+    """Running attempts, and refreshes of floating limits, by task id, and when each one expires.
 
     Heartbeats move an expiry in memory only: after a restart every lease gets a
     full lease time, so no worker loses its task by it.
     """
 
     def __init__(self) -> None:
-        self._states: dict[str, JobState] = {}
+        self._states: dict[str, Task] = {}
         self._expiries: dict[str, int] = {}
         self._order: list[tuple[int, str]] = []  # May name a time that a heartbeat has moved.
 
     def __len__(self) -> int:
         return len(self._states)
 
-    def get(self, task_id: str) -> JobState | None:
+    def get(self, task_id: str) -> Task | None:
         return self._states.get(task_id)
 
     def expiry_ms(self, task_id: str) -> int:
         return self._expiries[task_id]
 
-    def put(self, state: JobState, expiry_ms: int) -> None:
-        """A lease was granted, or its job's state changed while it runs."""
+    def put(self, state: Task, expiry_ms: int) -> None:
+        """A lease was granted, or its task's state changed while it runs."""
         assert state.lease is not None, "only leased work is kept here"
         task_id = state.lease.task_id
         self._states[task_id] = state
@@ -67,9 +68,9 @@ class Leases:
                 heapq.heappush(order, (expiry_ms, task_id))
         return None
 
-    def expired(self, now_ms: int, limit: int) -> list[JobState]:
+    def expired(self, now_ms: int, limit: int) -> list[Task]:
         """At most `limit` leases that have run out; they stay until dropped."""
-        found: list[JobState] = []
+        found: list[Task] = []
         seen: list[tuple[int, str]] = []
         while len(found) < limit and (at_ms := self.next_expiry_ms()) is not None and at_ms <= now_ms:
             entry = heapq.heappop(self._order)
@@ -176,7 +177,7 @@ def leases_from(rows: Iterable[tuple[bytes, bytes]], *, grace_until_ms: int) -> 
     leases = Leases()
     for key, value in rows:
         try:
-            state = codec.decode(JobState, value)
+            state = codec.decode_task(value)
             if state.lease is None or keys.lease_key(state.lease.task_id) != key:
                 raise StoreCorrupt("the row holds a state that belongs elsewhere")
         except StoreCorrupt as error:  # One damaged row must not keep the shard closed.

@@ -11,20 +11,30 @@ journal and applied to what it found, so the read needs no lock.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Generic, TypeVar
 
-from silo.model.job import JobState
+Value = TypeVar("Value")
 
 
-class Window:
+class RowTally:
+    """How many rows all windows of a shard hold."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+
+class Window(Generic[Value]):
     """The smallest rows of one range, by key. Pure: it never touches the store."""
 
-    def __init__(self, start: bytes | None) -> None:
+    def __init__(self, start: bytes | None, tally: RowTally | None = None) -> None:
         """Empty; the store may hold rows from `start` on, or none at all when it is None."""
         self._keys: list[bytes] = []
-        self._states: dict[bytes, JobState] = {}
+        self._states: dict[bytes, Value] = {}
+        self._tally = tally or RowTally()
         self.bound = start
-        self._journal: dict[bytes, JobState | None] | None = None
+        self.was_let_go = False
+        self._journal: dict[bytes, Value | None] | None = None
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -47,16 +57,21 @@ class Window:
     def first_key(self) -> bytes | None:
         return self._keys[0] if self._keys else None
 
-    def first(self) -> JobState:
+    def first(self) -> Value:
         return self._states[self._keys[0]]
 
-    def get(self, key: bytes) -> JobState | None:
+    def get(self, key: bytes) -> Value | None:
         return self._states.get(key)
 
-    def state_at(self, index: int) -> JobState | None:
+    def state_at(self, index: int) -> Value | None:
         return self._states[self._keys[index]] if index < len(self._keys) else None
 
-    def insert(self, key: bytes, state: JobState, *, limit: int) -> bool:
+    def items(self) -> Iterator[tuple[bytes, Value]]:
+        """The rows in memory, in order. Change nothing meanwhile."""
+        for key in self._keys:
+            yield key, self._states[key]
+
+    def insert(self, key: bytes, state: Value, *, limit: int) -> bool:
         """Add a row that was just written; whether it is in the window now.
 
         Over twice `limit` rows the larger ones leave: they are in the store.
@@ -70,6 +85,7 @@ class Window:
         else:
             self._keys.append(key)
         self._states[key] = state
+        self._tally.rows += 1
         if len(self._keys) > 2 * limit:
             self._trim(limit)
         return True
@@ -78,6 +94,7 @@ class Window:
         """Forget a row that was just deleted."""
         if self._states.pop(key, None) is not None:
             del self._keys[bisect_left(self._keys, key)]
+            self._tally.rows -= 1
         elif self._journal is not None and self.bound is not None and key >= self.bound:
             self._journal[key] = None
 
@@ -85,16 +102,25 @@ class Window:
         self.bound = self._keys[limit]
         for key in self._keys[limit:]:
             del self._states[key]
+        self._tally.rows -= len(self._keys) - limit
         del self._keys[limit:]
         self._journal = None  # A refill under way started behind the new bound: it is void.
 
-    def begin_refill(self, outstanding: Mapping[bytes, JobState | None]) -> bytes:
+    def let_go(self) -> None:
+        """The owner forgets this window: its rows count no more, and a refill under way is void."""
+        self.was_let_go = True
+        self._tally.rows -= len(self._keys)
+        self._keys.clear()
+        self._states.clear()
+        self._journal = None
+
+    def begin_refill(self, outstanding: Mapping[bytes, Value | None]) -> bytes:
         """Start reading at the key this returns. `outstanding`: writes the store may not show yet."""
         assert self.bound is not None, "a complete window needs no refill"
         self._journal = dict(outstanding)
         return self.bound
 
-    def finish_refill(self, rows: list[tuple[bytes, JobState]], *, read_to: bytes | None) -> None:
+    def finish_refill(self, rows: list[tuple[bytes, Value]], *, read_to: bytes | None) -> None:
         """Take in what the store showed from `bound` on, corrected by what was written since.
 
         `read_to`: the last key that was read; None when the range was read to its end.
@@ -113,6 +139,7 @@ class Window:
                 found[key] = state
         self._keys.extend(sorted(found))
         self._states.update(found)
+        self._tally.rows += len(found)
         self.bound = bound
 
     def abandon_refill(self) -> None:

@@ -4,7 +4,18 @@ from collections.abc import Iterator, MutableMapping
 from typing import assert_never
 
 from silo.model.change import Change
-from silo.model.job import Delayed, JobState, JobStatus, Ready
+from silo.model.floating import FloatingState, RefreshDue
+from silo.model.job import (
+    Asking,
+    Checking,
+    Delayed,
+    JobState,
+    JobStatus,
+    Ready,
+    Throttled,
+    Waiting,
+)
+from silo.model.task import Task
 from silo.storage import codec, keys
 
 QUEUED_BYTES_MAX = 1024  # A larger job is not copied into its queue row.
@@ -22,6 +33,9 @@ def write_change(change: Change, rows: MutableMapping[bytes, bytes | None]) -> N
     if before is not None:
         for key in derived_keys(before):
             rows[key] = None
+        if before.expires_at_ms is not None:
+            rows[keys.expiry_key(before.expires_at_ms, before.tenant, before.job_id)] = None
+    _write_holders(before, after, rows)
     job_value = None if change.job is None or after is None else codec.encode(change.job)
     if after is None:
         _delete_history(change, rows)
@@ -46,6 +60,23 @@ def _write_state(state: JobState, job_value: bytes | None, rows: MutableMapping[
         value = codec.queued(value, job_value)
     for key in locus:
         rows[key] = value
+    if state.expires_at_ms is not None:
+        rows[keys.expiry_key(state.expires_at_ms, state.tenant, state.job_id)] = b""
+
+
+def _write_holders(
+    before: JobState | None, after: JobState | None, rows: MutableMapping[bytes, bytes | None]
+) -> None:
+    held_before = before.held if before is not None else ()
+    held_after = after.held if after is not None else ()
+    if held_before is held_after:
+        return
+    subject = after or before
+    assert subject is not None
+    for holder in held_before:
+        rows[keys.holder_key(subject.tenant, holder.key, subject.job_id)] = None
+    for holder in held_after:
+        rows[keys.holder_key(subject.tenant, holder.key, subject.job_id)] = codec.encode(holder.granted_at_ms)
 
 
 def _delete_history(change: Change, rows: MutableMapping[bytes, bytes | None]) -> None:
@@ -56,25 +87,86 @@ def _delete_history(change: Change, rows: MutableMapping[bytes, bytes | None]) -
 
 
 def derived_keys(state: JobState) -> Iterator[bytes]:
-    """The keys that exist because of this state: its status index row first, then where it waits or runs."""
+    """The keys that exist because of this state: its status index row, then those with a copy of it."""
     at_ms = state.changed_at_ms
     if state.status is JobStatus.SCHEDULED and state.next_start_ms is not None:
         at_ms = state.next_start_ms
     yield keys.status_index_key(state.tenant, state.status, at_ms, state.job_id)
     if state.pending is not None:
-        yield pending_key(state)
+        yield from pending_keys(state)
     if state.lease is not None:
         yield keys.lease_key(state.lease.task_id)
 
 
-def pending_key(state: JobState) -> bytes:
-    """The row where a Scheduled job waits."""
-    match state.pending:
-        case Ready(deadline_ms=deadline_ms):
-            return keys.queue_key(state.task_group, state.tenant, deadline_ms, state.priority, state.job_id)
-        case Delayed(due_ms=due_ms):
-            return keys.timer_key(due_ms, state.tenant, state.job_id)
+def pending_keys(state: JobState) -> tuple[bytes, ...]:
+    """The rows where a Scheduled job waits: one, or its place in a line and a timer."""
+    pending = state.pending
+    match pending:
+        case Ready():
+            return (queue_row(state),)
+        case Delayed() | Checking():
+            return (timer_row(state),)
+        case Waiting() | Throttled(due_ms=None):
+            return (line_row(state),)
+        case Throttled():
+            return (line_row(state), timer_row(state))
+        case Asking():
+            return (asking_row(state),)
         case None:
             raise AssertionError("nothing of this job is pending")
         case _:
-            assert_never(state.pending)
+            assert_never(pending)
+
+
+def queue_row(task: Task) -> bytes:
+    """The place of due work in the queue of its task group."""
+    if isinstance(task, FloatingState):
+        assert isinstance(task.refresh, RefreshDue), "no refresh waits"
+        return keys.refresh_key(task.task_group, task.tenant, task.refresh.scheduled_at_ms, task.key)
+    assert isinstance(task.pending, Ready), "this job is not ready"
+    return keys.queue_key(task.task_group, task.tenant, task.pending.deadline_ms, task.priority, task.job_id)
+
+
+def timer_row(state: JobState) -> bytes:
+    """Where a job waits that is looked at later."""
+    assert isinstance(state.pending, Delayed | Checking | Throttled), "this job waits for no time"
+    assert state.pending.due_ms is not None, "this job waits in its line only"
+    return keys.timer_key(state.pending.due_ms, state.tenant, state.job_id)
+
+
+def asking_row(state: JobState) -> bytes:
+    assert isinstance(state.pending, Asking), "nobody is asked for this job"
+    return keys.asking_key(state.pending.since_ms, state.tenant, state.job_id)
+
+
+def line_prefix(state: JobState) -> bytes:
+    """What the rows of the line begin with in which a job waits for a limit."""
+    match state.pending:
+        case Waiting(key=key, line=line):
+            return keys.ticket_line_prefix(state.tenant, key, line)
+        case Throttled():
+            limit = state.rate_limit
+            return keys.bucket_line_prefix(state.tenant, limit.name, limit.unique_key)
+        case _:
+            raise AssertionError("this job is in no line")
+
+
+def line_row(state: JobState) -> bytes:
+    """The place of a job in its line."""
+    return keys.place_in_line(line_prefix(state), *state.rank)
+
+
+def write_floating(
+    before: FloatingState | None, after: FloatingState, rows: MutableMapping[bytes, bytes | None]
+) -> None:
+    """Add to `rows` what a floating limit's step from `before` to `after` puts and deletes; not its alarm."""
+    if before is not None and before.refresh is not None:
+        rows[refresh_row(before)] = None
+    rows[keys.floating_key(after.tenant, after.key)] = codec.encode(after)
+    if after.refresh is not None:
+        rows[refresh_row(after)] = codec.encode_refresh(after)
+
+
+def refresh_row(state: FloatingState) -> bytes:
+    """Where the refresh task of a floating limit is: in a queue, or leased."""
+    return queue_row(state) if state.lease is None else keys.lease_key(state.lease.task_id)

@@ -5,29 +5,68 @@ meaning never changes in place. Old records stay readable.
 """
 
 import struct
-from typing import TypeVar, cast
+from typing import TypeAlias, TypeVar, cast
 
 import msgspec
 
 from silo.errors import StoreCorrupt
 from silo.model.attempt import Attempt
-from silo.model.counts import ShardTotals, TenantCounts
+from silo.model.counts import QueueCounts, ShardTotals, TenantCounts
+from silo.model.floating import FloatingState
 from silo.model.job import Job, JobState
+from silo.model.limit import BucketRecord
+from silo.model.task import Task
 
 _VERSION = b"\x01"
 _QUEUED = b"\x02"  # A state and the job it belongs to.
+_REFRESH = b"\x03"  # A floating limit among jobs.
 _LENGTH = struct.Struct(">I")
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (Job, JobState, Attempt, TenantCounts, ShardTotals, int, bytes)
+    for kind in (
+        Job,
+        JobState,
+        Attempt,
+        FloatingState,
+        BucketRecord,
+        TenantCounts,
+        QueueCounts,
+        ShardTotals,
+        int,
+        bytes,
+    )
 }
 
-Record = TypeVar("Record", Job, JobState, Attempt, TenantCounts, ShardTotals, int, bytes)
+AnyRecord: TypeAlias = (
+    Job
+    | JobState
+    | Attempt
+    | FloatingState
+    | BucketRecord
+    | TenantCounts
+    | QueueCounts
+    | ShardTotals
+    | int
+    | bytes
+)
+Record = TypeVar(
+    "Record",
+    Job,
+    JobState,
+    Attempt,
+    FloatingState,
+    BucketRecord,
+    TenantCounts,
+    QueueCounts,
+    ShardTotals,
+    int,
+    bytes,
+)
 
 
-def encode(record: Job | JobState | Attempt | TenantCounts | ShardTotals | int | bytes) -> bytes:
+def encode(record: AnyRecord) -> bytes:
     """The bytes of `record`. Equal records have equal bytes."""
     return _VERSION + _encoder.encode(record)
 
@@ -51,17 +90,31 @@ def queued(state: bytes, job: bytes) -> bytes:
     return _QUEUED + _LENGTH.pack(len(state)) + state + job
 
 
-def decode_queued(value: bytes) -> tuple[JobState, Job | None]:
-    """The state in a queue row, and the job if it is there too.
+def decode_queued(value: bytes) -> tuple[Task, Job | None]:
+    """The task in a queue row, and the job if it is there too.
 
     Raises:
-        StoreCorrupt: the bytes are neither a state nor both.
+        StoreCorrupt: the bytes are neither a task nor a state with its job.
     """
     if value[:1] != _QUEUED:
-        return decode(JobState, value), None
+        return decode_task(value), None
     try:
         (size,) = _LENGTH.unpack_from(value, 1)
     except struct.error as error:
         raise StoreCorrupt("record does not decode", kind="queue row") from error
     start = 1 + _LENGTH.size
     return decode(JobState, value[start : start + size]), decode(Job, value[start + size :])
+
+
+def encode_refresh(state: FloatingState) -> bytes:
+    """The value of a queue or lease row of a refresh task."""
+    return _REFRESH + encode(state)
+
+
+def decode_task(value: bytes) -> Task:
+    """The task in a queue or lease row.
+
+    Raises:
+        StoreCorrupt: the bytes are none.
+    """
+    return decode(FloatingState, value[1:]) if value[:1] == _REFRESH else decode(JobState, value)

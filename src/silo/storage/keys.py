@@ -9,8 +9,17 @@ endian; negative times are kept as 0. Families:
     i  tenant, status, time ↓, job id      status index, newest first
     m  tenant, key, value, job id          metadata index
     q  task group, tenant, deadline, priority, job id      due work
-    t  due time, tenant, job id            work that is not due yet
+    t  due time, tenant, job id            work that is looked at later
     l  task id                             leases
+    h  tenant, key, job id                 tickets of concurrency queues, each with its holder
+    r  tenant, key, line, start, priority, job id      jobs that wait for a ticket
+    n  tenant, key                         how many tickets are held, and how many jobs wait
+    f  tenant, key                         floating limits
+    b  tenant, name, unique key            buckets of rate limits
+    v  tenant, name, unique key, start, priority, job id      jobs that wait for a bucket
+    x  since, tenant, job id               jobs whose rate limit is being asked for outside
+    y  due time, kind, names               alarms: queues, floating limits and buckets to look at
+    e  due time, tenant, job id            jobs that have ended, to be deleted
     c  tenant                              job counts by status
     w  range prefix                        floor: no live row of the range lies before it
     s  name                                facts about the shard
@@ -31,6 +40,9 @@ _ATTEMPT = b"\x02"
 
 TIMERS = b"t"
 LEASES = b"l"
+ASKING = b"x"
+ALARMS = b"y"
+EXPIRIES = b"e"
 FLOORS = b"w"
 CREATED_AT = b"screated_at"
 TOTALS = b"stotals"
@@ -98,12 +110,134 @@ def queue_key(task_group: str, tenant: str, deadline_ms: int, priority: int, job
     return queue_prefix(task_group, tenant) + _time(deadline_ms) + bytes((priority,)) + _text(job_id)
 
 
+def refresh_key(task_group: str, tenant: str, scheduled_at_ms: int, limit_key: str) -> bytes:
+    """Where the refresh of a floating limit waits: like a job of priority 0, and yet no job's row."""
+    return queue_key(task_group, tenant, scheduled_at_ms, 0, f"floating_refresh:{limit_key}") + b"\1"
+
+
 def timer_key(due_ms: int, tenant: str, job_id: str) -> bytes:
-    return TIMERS + _time(due_ms) + _text(tenant) + _text(job_id)
+    return _by_time(TIMERS, due_ms, tenant, job_id)
+
+
+def _by_time(family: bytes, at_ms: int, tenant: str, job_id: str) -> bytes:
+    return family + _time(at_ms) + _text(tenant) + _text(job_id)
+
+
+def asking_key(since_ms: int, tenant: str, job_id: str) -> bytes:
+    return _by_time(ASKING, since_ms, tenant, job_id)
+
+
+def expiry_key(at_ms: int, tenant: str, job_id: str) -> bytes:
+    return _by_time(EXPIRIES, at_ms, tenant, job_id)
+
+
+def read_time(key: bytes) -> int:
+    """The time in a key whose family is ordered by time first."""
+    (at_ms,) = _TIME.unpack_from(key, 1)
+    return int(at_ms)
+
+
+def read_expiry(key: bytes) -> tuple[str, str]:
+    """The tenant and the id of a job that expires.
+
+    Raises:
+        ValueError: it is no key of this family.
+    """
+    tenant, at = read_text(key, 1 + _TIME.size)
+    return tenant, read_text(key, at)[0]
 
 
 def lease_key(task_id: str) -> bytes:
     return LEASES + task_id.encode()
+
+
+def holders_prefix(tenant: str) -> bytes:
+    return b"h" + _text(tenant)
+
+
+def queue_holders_prefix(tenant: str, key: str) -> bytes:
+    """What comes before the job id in the rows of a queue's tickets."""
+    return holders_prefix(tenant) + _text(key)
+
+
+def holder_key(tenant: str, key: str, job_id: str) -> bytes:
+    return holders_prefix(tenant) + _text(key) + _text(job_id)
+
+
+def read_holder(key: bytes) -> tuple[str, str]:
+    """The limit's key and the job id of a holder's row.
+
+    Raises:
+        ValueError: it is no key of this family.
+    """
+    _, at = read_text(key, 1)
+    limit_key, at = read_text(key, at)
+    return limit_key, read_text(key, at)[0]
+
+
+def queue_lines_prefix(tenant: str, key: str) -> bytes:
+    """What comes before the line in the rows of those who wait in a queue."""
+    return b"r" + _text(tenant) + _text(key)
+
+
+def read_line(key: bytes) -> int:
+    """The line in which the job of this row waits for a ticket.
+
+    Raises:
+        ValueError: it is no key of this family.
+    """
+    _, at = read_text(key, 1)
+    _, at = read_text(key, at)
+    (line,) = _TIME.unpack_from(key, at)
+    return int(line)
+
+
+def ticket_line_prefix(tenant: str, key: str, line: int) -> bytes:
+    return queue_lines_prefix(tenant, key) + _TIME.pack(line)
+
+
+def bucket_line_prefix(tenant: str, name: str, unique_key: str) -> bytes:
+    return b"v" + _text(tenant) + _text(name) + _text(unique_key)
+
+
+def place_in_line(prefix: bytes, start_ms: int, priority: int, job_id: str) -> bytes:
+    return prefix + _time(start_ms) + bytes((priority,)) + _text(job_id)
+
+
+def queue_counts_key(tenant: str, key: str) -> bytes:
+    return b"n" + _text(tenant) + _text(key)
+
+
+def floating_key(tenant: str, key: str) -> bytes:
+    return b"f" + _text(tenant) + _text(key)
+
+
+def bucket_key(tenant: str, name: str, unique_key: str) -> bytes:
+    return b"b" + _text(tenant) + _text(name) + _text(unique_key)
+
+
+def alarm_key(at_ms: int, row: bytes) -> bytes:
+    """When to look at what the record under `row` is about. The key ends in that row's key."""
+    return ALARMS + _time(at_ms) + row
+
+
+def read_alarm(key: bytes) -> bytes:
+    """The key of the record that an alarm is about."""
+    return key[1 + _TIME.size :]
+
+
+def read_names(key: bytes) -> tuple[str, ...]:
+    """The parts of a key that has only texts after its family.
+
+    Raises:
+        ValueError: it has something else.
+    """
+    names: list[str] = []
+    at = 1
+    while at < len(key):
+        name, at = read_text(key, at)
+        names.append(name)
+    return tuple(names)
 
 
 def counts_key(tenant: str) -> bytes:

@@ -1,7 +1,11 @@
 """Between protobuf messages and model values."""
 
+from collections.abc import Iterable
+from typing import assert_never
+
 from silo.errors import InvalidRequest, StateForbids
 from silo.model.attempt import Attempt, Cancelled, Failure, Outcome, PastAttempt, Success
+from silo.model.floating import FloatingState, RefreshFailed, RefreshOutcome, RefreshSucceeded
 from silo.model.job import (
     DEFAULT_TENANT,
     LEASE_MS,
@@ -10,6 +14,14 @@ from silo.model.job import (
     LeasedTask,
     NewJob,
     RetryPolicy,
+)
+from silo.model.limit import (
+    ConcurrencyLimit,
+    FloatingLimit,
+    Limit,
+    RateAlgorithm,
+    RateLimit,
+    RateRetryPolicy,
 )
 from silo.model.storage import StorageInfo
 from silo.model.view import JobView
@@ -27,6 +39,7 @@ def new_job_from_pb(request: pb.EnqueueRequest, *, tenant: str) -> NewJob:
         payload=request.payload.msgpack,
         retry_policy=policy,
         metadata=tuple(sorted(request.metadata.items())),
+        limits=limits_from_pb(request.limits),
     )
 
 
@@ -43,6 +56,7 @@ def imported_job_from_pb(request: pb.ImportJobRequest, *, tenant: str) -> Import
         retry_policy=policy,
         metadata=tuple(sorted(request.metadata.items())),
         attempts=tuple(past_attempt_from_pb(attempt) for attempt in request.attempts),
+        limits=limits_from_pb(request.limits),
     )
 
 
@@ -89,6 +103,88 @@ def retry_policy_to_pb(policy: RetryPolicy) -> pb.RetryPolicy:
     )
 
 
+def limits_from_pb(given: Iterable[pb.Limit]) -> tuple[Limit, ...]:
+    """The limits in their order. One with nothing set says nothing, and is left out."""
+    return tuple(limit for limit in map(_limit_from_pb, given) if limit is not None)
+
+
+def _limit_from_pb(limit: pb.Limit) -> Limit | None:
+    match limit.WhichOneof("limit"):
+        case "concurrency":
+            fixed = limit.concurrency
+            return ConcurrencyLimit(key=fixed.key, max_concurrency=fixed.max_concurrency)
+        case "floating_concurrency":
+            floating = limit.floating_concurrency
+            return FloatingLimit(
+                key=floating.key,
+                default_max_concurrency=floating.default_max_concurrency,
+                refresh_interval_ms=floating.refresh_interval_ms,
+                metadata=tuple(sorted(floating.metadata.items())),
+            )
+        case "rate_limit":
+            return _rate_limit_from_pb(limit.rate_limit)
+        case _:
+            return None
+
+
+def _rate_limit_from_pb(rate: pb.GubernatorRateLimit) -> RateLimit:
+    """Defaults are those of an absent retry policy; zeros in one that is there are zeros."""
+    policy = RateRetryPolicy()
+    if rate.HasField("retry_policy"):
+        given = rate.retry_policy
+        policy = RateRetryPolicy(
+            initial_backoff_ms=given.initial_backoff_ms,
+            max_backoff_ms=given.max_backoff_ms,
+            backoff_multiplier=given.backoff_multiplier,
+            max_retries=given.max_retries,
+        )
+    is_leaky = rate.algorithm == pb.GUBERNATOR_ALGORITHM_LEAKY_BUCKET
+    return RateLimit(
+        name=rate.name,
+        unique_key=rate.unique_key,
+        limit=rate.limit,
+        duration_ms=rate.duration_ms,
+        hits=rate.hits,
+        algorithm=RateAlgorithm.LEAKY_BUCKET if is_leaky else RateAlgorithm.TOKEN_BUCKET,
+        behavior=rate.behavior,
+        retry_policy=policy,
+    )
+
+
+def limit_to_pb(limit: Limit) -> pb.Limit:
+    match limit:
+        case ConcurrencyLimit():
+            fixed = pb.ConcurrencyLimit(key=limit.key, max_concurrency=limit.max_concurrency)
+            return pb.Limit(concurrency=fixed)
+        case FloatingLimit():
+            floating = pb.FloatingConcurrencyLimit(
+                key=limit.key,
+                default_max_concurrency=limit.default_max_concurrency,
+                refresh_interval_ms=limit.refresh_interval_ms,
+                metadata=dict(limit.metadata),
+            )
+            return pb.Limit(floating_concurrency=floating)
+        case RateLimit(retry_policy=policy):
+            rate = pb.GubernatorRateLimit(
+                name=limit.name,
+                unique_key=limit.unique_key,
+                limit=limit.limit,
+                duration_ms=limit.duration_ms,
+                hits=limit.hits,
+                algorithm=pb.GubernatorAlgorithm.Name(limit.algorithm),
+                behavior=limit.behavior,
+                retry_policy=pb.RateLimitRetryPolicy(
+                    initial_backoff_ms=policy.initial_backoff_ms,
+                    max_backoff_ms=policy.max_backoff_ms,
+                    backoff_multiplier=policy.backoff_multiplier,
+                    max_retries=policy.max_retries,
+                ),
+            )
+            return pb.Limit(rate_limit=rate)
+        case _:
+            assert_never(limit)
+
+
 def job_to_pb(view: JobView) -> pb.GetJobResponse:
     job, state = view.job, view.state
     response = pb.GetJobResponse(
@@ -96,6 +192,7 @@ def job_to_pb(view: JobView) -> pb.GetJobResponse:
         priority=state.priority,
         enqueue_time_ms=job.enqueue_time_ms,
         payload=pb.SerializedBytes(msgpack=job.payload),
+        limits=[limit_to_pb(limit) for limit in state.limits],
         metadata=dict(job.metadata),
         status=pb.JobStatus.Name(state.status),
         status_changed_at_ms=state.changed_at_ms,
@@ -176,11 +273,27 @@ def task_to_pb(leased: LeasedTask, *, shard: str) -> pb.Task:
         relative_attempt_number=state.relative_attempt_number,
         is_last_attempt=state.is_last_attempt,
         metadata=dict(job.metadata),
+        limits=[limit_to_pb(limit) for limit in state.limits],
         payload=pb.SerializedBytes(msgpack=job.payload),
         priority=state.priority,
         shard=shard,
         task_group=state.task_group,
         lease_ms=LEASE_MS,
+    )
+
+
+def refresh_task_to_pb(leased: FloatingState, *, shard: str) -> pb.RefreshFloatingLimitTask:
+    assert leased.lease is not None, "a task is handed out under a lease"
+    return pb.RefreshFloatingLimitTask(
+        id=leased.lease.task_id,
+        queue_key=leased.key,
+        current_max_concurrency=leased.max_concurrency,
+        last_refreshed_at_ms=leased.last_refreshed_at_ms,
+        metadata=dict(leased.metadata),
+        lease_ms=LEASE_MS,
+        shard=shard,
+        task_group=leased.task_group,
+        tenant_id=None if leased.tenant == DEFAULT_TENANT else leased.tenant,
     )
 
 
@@ -210,5 +323,20 @@ def outcome_from_pb(request: pb.ReportOutcomeRequest) -> Outcome:
             return Failure(request.failure.code, request.failure.data.msgpack)
         case "cancelled":
             return Cancelled()
+        case _:
+            raise InvalidRequest("missing outcome")
+
+
+def refresh_outcome_from_pb(request: pb.ReportRefreshOutcomeRequest) -> RefreshOutcome:
+    """The reported outcome of a refresh.
+
+    Raises:
+        InvalidRequest: none is set.
+    """
+    match request.WhichOneof("outcome"):
+        case "success":
+            return RefreshSucceeded(request.success.new_max_concurrency)
+        case "failure":
+            return RefreshFailed(request.failure.code, request.failure.message)
         case _:
             raise InvalidRequest("missing outcome")

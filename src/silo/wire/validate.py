@@ -3,23 +3,18 @@
 from collections.abc import Mapping, Sequence
 from uuid import UUID
 
-from silo.errors import ErrorKind, InvalidRequest, SiloError, StateForbids
+from silo.errors import InvalidRequest, StateForbids
 from silo.model.job import DEFAULT_TENANT, PRIORITY_MAX
+from silo.model.limit import CalendarWindow, Limit, RateBehavior, RateLimit
 from silo.model.shards import HashRange, hash_tenant
-from silo.wire.pb.silo.v1 import silo_pb2 as pb
 
 TENANT_CHARS_MAX = 64
 TASK_GROUP_CHARS_MAX = 64
 METADATA_ENTRIES_MAX = 16
 METADATA_KEY_CHARS_MAX = 63
 METADATA_VALUE_BYTES_MAX = 65_534
+LIMITS_MAX = 256  # Of one job: each costs a look at its state whenever the job moves on.
 PAYLOAD_BYTES_MAX = 126 << 20  # A task with its payload and metadata must fit into a message of 128 MiB.
-
-
-class Unsupported(SiloError):
-    """This server version cannot do it; nothing was changed."""
-
-    kind = ErrorKind.UNSUPPORTED
 
 
 def shard_id(text: str) -> str:
@@ -121,9 +116,15 @@ def worker_id(value: str) -> None:
         raise InvalidRequest("worker_id is required")
 
 
-def limits(given: Sequence[pb.Limit]) -> None:
-    """A limit with nothing set says nothing; any other is refused rather than ignored."""
-    if any(limit.WhichOneof("limit") for limit in given):
-        raise Unsupported(
-            "limits on jobs are not supported by this server version; enqueue the job without limits"
-        )
+def limits(given: Sequence[Limit]) -> None:
+    """Numbers and keys are taken as they are; only what no limiter can make sense of is refused."""
+    if len(given) > LIMITS_MAX:
+        raise InvalidRequest(f"too many limits (max {LIMITS_MAX})")
+    for limit in given:
+        if not isinstance(limit, RateLimit) or not limit.behavior & RateBehavior.DURATION_IS_GREGORIAN:
+            continue
+        if limit.duration_ms not in set(CalendarWindow):
+            raise InvalidRequest(
+                f"duration_ms of rate limit '{limit.name}' must be 0 to {max(CalendarWindow)} "
+                "(minute, hour, day, week, month, year) with DURATION_IS_GREGORIAN"
+            )

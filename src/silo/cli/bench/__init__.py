@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import uvloop
 
-from silo.cli.bench import engine, network
+from silo.cli.bench import engine, limits, network
 from silo.cli.bench.measure import machine_facts
 from silo.node.allocator import bound_allocator
 
@@ -13,6 +13,7 @@ Bench = Callable[[int | None], Awaitable[dict[str, object]]]
 
 BENCHES: Mapping[str, tuple[Bench, str]] = {
     "engine": (engine.lifecycles, "enqueue, lease and report on one shard, empty and with a backlog"),
+    "limits": (limits.limits, "the same with limits on jobs; a million queues, and a million jobs in one"),
     "backlog": (engine.backlog, "memory with a large backlog, and reopening after kill -9"),
     "fairness": (engine.fairness, "one job of a new tenant against 100 000 of another"),
     "latency": (network.latency, "enqueue call to handler start, idle worker, real server"),

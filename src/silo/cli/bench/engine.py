@@ -5,8 +5,9 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from itertools import repeat
 from pathlib import Path
 from random import Random
 
@@ -14,19 +15,20 @@ from silo.cli.bench.measure import resident_mb, role_command
 from silo.clock import SystemClock
 from silo.model.attempt import Success
 from silo.model.job import DEFAULT_TENANT, LeasedTask, NewJob
+from silo.model.limit import Limit
 from silo.model.shards import HashRange
 from silo.shard.shard import Shard
 from silo.storage.slate import SlateStorage
 
-_PAYLOAD = b"x" * 100
-_GROUP = "bench"
+PAYLOAD = b"x" * 100
+GROUP = "bench"
 _PRODUCERS = 400
 _WORKERS = 4
 _LEASE = 50
 
 
 @asynccontextmanager
-async def _open_shard(root: Path) -> AsyncIterator[Shard]:
+async def open_shard(root: Path) -> AsyncIterator[Shard]:
     store = await SlateStorage(str(root)).open("bench")
     shard = await Shard.open(
         shard_id="bench", range=HashRange(), store=store, clock=SystemClock(), rng=Random(os.getpid())
@@ -37,41 +39,52 @@ async def _open_shard(root: Path) -> AsyncIterator[Shard]:
         await shard.close()
 
 
-def _new_job(tenant: str = DEFAULT_TENANT, job_id: str | None = None) -> NewJob:
-    return NewJob(tenant=tenant, id=job_id, task_group=_GROUP, priority=50, start_at_ms=0, payload=_PAYLOAD)
+def new_job(tenant: str = DEFAULT_TENANT, limits: tuple[Limit, ...] = ()) -> NewJob:
+    return NewJob(
+        tenant=tenant,
+        id=None,
+        task_group=GROUP,
+        priority=50,
+        start_at_ms=0,
+        payload=PAYLOAD,
+        limits=limits,
+    )
 
 
-async def _enqueue(shard: Shard, count: int, tenant: str = DEFAULT_TENANT) -> None:
-    left = iter(range(count))
+async def enqueue(shard: Shard, jobs: Iterable[NewJob]) -> None:
+    """Enqueue all, many at a time."""
+    left = iter(jobs)
 
     async def produce() -> None:
-        for _ in left:
-            await shard.enqueue(_new_job(tenant))
+        for job in left:
+            await shard.enqueue(job)
 
     await asyncio.gather(*(produce() for _ in range(_PRODUCERS)))
 
 
-async def _lease(shard: Shard, worker: str, count: int = _LEASE) -> list[LeasedTask]:
-    return await shard.lease_tasks(worker_id=worker, task_group=_GROUP, max_tasks=count, wait_ms=20)
+async def lease(shard: Shard, worker: str, count: int = _LEASE) -> list[LeasedTask]:
+    leased = await shard.lease_tasks(worker_id=worker, task_group=GROUP, max_tasks=count, wait_ms=20)
+    return [task for task in leased if isinstance(task, LeasedTask)]
 
 
-async def _report(shard: Shard, task: LeasedTask) -> None:
+async def report(shard: Shard, task: LeasedTask) -> None:
     assert task.state.lease is not None
     await shard.report(task.state.lease.task_id, Success(b"ok"))
 
 
-async def _lifecycles_per_s(shard: Shard, count: int) -> float:
-    done = 0
+async def lifecycles_per_s(shard: Shard, jobs: Sequence[NewJob]) -> float:
+    """Enqueue, lease and report all, as fast as it goes."""
+    count, done = len(jobs), 0
 
     async def work(worker: str) -> None:
         nonlocal done
         while done < count:
-            tasks = await _lease(shard, worker)
+            tasks = await lease(shard, worker)
             done += len(tasks)
-            await asyncio.gather(*(_report(shard, task) for task in tasks))
+            await asyncio.gather(*(report(shard, task) for task in tasks))
 
     started = time.perf_counter()
-    await asyncio.gather(_enqueue(shard, count), *(work(f"w{n}") for n in range(_WORKERS)))
+    await asyncio.gather(enqueue(shard, jobs), *(work(f"w{n}") for n in range(_WORKERS)))
     return count / (time.perf_counter() - started)
 
 
@@ -80,14 +93,14 @@ async def lifecycles(jobs: int | None) -> dict[str, object]:
     count = jobs or 60_000
     pending = 1_000_000 if jobs is None else 10 * jobs
     with tempfile.TemporaryDirectory(prefix="silo-bench-") as folder:
-        async with _open_shard(Path(folder) / "empty") as shard:
-            await _lifecycles_per_s(shard, count // 10)
-            empty = await _lifecycles_per_s(shard, count)
-        async with _open_shard(Path(folder) / "backlog") as shard:
+        async with open_shard(Path(folder) / "empty") as shard:
+            await lifecycles_per_s(shard, [new_job()] * (count // 10))
+            empty = await lifecycles_per_s(shard, [new_job()] * count)
+        async with open_shard(Path(folder) / "backlog") as shard:
             started = time.perf_counter()
-            await _enqueue(shard, pending)
+            await enqueue(shard, repeat(new_job(), pending))
             enqueue_rate = pending / (time.perf_counter() - started)
-            loaded = await _lifecycles_per_s(shard, count)
+            loaded = await lifecycles_per_s(shard, [new_job()] * count)
     return {
         "lifecycles_per_s": round(empty),
         "lifecycles_per_s_with_backlog": round(loaded),
@@ -104,13 +117,13 @@ async def fairness(jobs: int | None) -> dict[str, object]:
     """How many more jobs of a busy tenant start before the first one of a new tenant."""
     count = jobs or 100_000
     with tempfile.TemporaryDirectory(prefix="silo-bench-") as folder:
-        async with _open_shard(Path(folder)) as shard:
-            await _enqueue(shard, count, "a")
-            await _lease(shard, "w", 10)
-            await shard.enqueue(_new_job("b"))
+        async with open_shard(Path(folder)) as shard:
+            await enqueue(shard, repeat(new_job("a"), count))
+            await lease(shard, "w", 10)
+            await shard.enqueue(new_job("b"))
             before = 0
             while True:
-                tasks = await _lease(shard, "w", 10)
+                tasks = await lease(shard, "w", 10)
                 tenants = [task.job.tenant for task in tasks]
                 if "b" in tenants:
                     before += tenants.index("b")
@@ -137,9 +150,9 @@ async def backlog(jobs: int | None) -> dict[str, object]:
         child.send_signal(signal.SIGKILL)
         await child.wait()
         started = time.perf_counter()
-        async with _open_shard(Path(folder)) as shard:
+        async with open_shard(Path(folder)) as shard:
             opened_s = time.perf_counter() - started
-            tasks = await _lease(shard, "w", 1)
+            tasks = await lease(shard, "w", 1)
             first_lease_s = time.perf_counter() - started
             total = shard.counts.total_jobs
     if not tasks or total != count:
@@ -158,9 +171,9 @@ async def backlog(jobs: int | None) -> dict[str, object]:
 
 async def fill(folder: Path, count: int) -> None:
     """The child of `backlog`: print resident memory at half and at all, then wait to be killed."""
-    async with _open_shard(folder) as shard:
+    async with open_shard(folder) as shard:
         for _ in range(2):
-            await _enqueue(shard, count // 2)
-            await _lease(shard, "w", 1)
+            await enqueue(shard, repeat(new_job(), count // 2))
+            await lease(shard, "w", 1)
             print(resident_mb(os.getpid()), flush=True)
         await asyncio.Event().wait()

@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-.PHONY: setup demo test check bench soak proto clean
+.PHONY: setup demo test check bench soak spec-coverage proto clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,9 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/generate_protos.py --check
+
+spec-coverage: setup
+	$(BIN)/python scripts/spec_coverage.py
 
 proto: setup
 	$(BIN)/python scripts/generate_protos.py

@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-.PHONY: setup demo test check bench soak spec-coverage proto clean
+.PHONY: setup demo test check bench soak simulate fuzz spec-coverage proto clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,17 @@ test: setup
 
 soak: setup
 	$(BIN)/pytest -m soak
+
+# For example: make simulate SEEDS=1000, or make simulate FROM=17 SEEDS=1 SCENARIO=chaos
+SEEDS    ?= 200
+FROM     ?= 0
+simulate: setup
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS) --from $(FROM) $(if $(SCENARIO),--scenario "$(SCENARIO)")
+
+# For example: make fuzz MINUTES=30
+MINUTES  ?= 5
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 bench: setup
 	$(BIN)/silo bench engine

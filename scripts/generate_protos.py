@@ -4,6 +4,7 @@ Run with the project's own environment: the version of grpcio-tools is part of t
 """
 
 import filecmp
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -28,10 +29,16 @@ def generate(out: Path) -> None:
     ]
     if protoc.main([*arguments, *files]) != 0:
         raise SystemExit("protoc failed")
-    for path in out.rglob("*_pb2_grpc.py"):  # The generator imports from the proto package's own name.
-        path.write_text(path.read_text().replace("from silo.v1 import", f"from {PACKAGE}.silo.v1 import"))
-    for folder in {path.parent for path in out.rglob("*.py")} | {out / "silo", out}:
-        (folder / "__init__.py").touch()
+    # The generator imports by the folders of the sources, as if they were packages of their own.
+    folders = "|".join(sorted({re.escape(Path(file).parts[0]) for file in files}))
+    for path in out.rglob("*_pb2_grpc.py"):
+        own = re.sub(
+            rf"^from (({folders})[.\w]*) import", rf"from {PACKAGE}.\1 import", path.read_text(), flags=re.M
+        )
+        path.write_text(own)
+    for path in list(out.rglob("*_pb2.py")):
+        for folder in path.relative_to(out).parents:
+            (out / folder / "__init__.py").touch()
 
 
 def stale(fresh: Path) -> list[str]:

@@ -58,7 +58,9 @@ def main() -> int:
         print(f"{name}: explained as a gap, but it has a test or is not listed")
     for name, reason in gaps.items():
         print(f"{name}: no test: {reason}")
-    print(f"{len(statements & tests.keys())} of {len(statements)} statements have a test, {len(gaps)} explained")
+    print(
+        f"{len(statements & tests.keys())} of {len(statements)} statements have a test, {len(gaps)} explained"
+    )
     return 1 if missing or unknown or outdated else 0
 
 

@@ -22,10 +22,12 @@ from silo.client.errors import (
     SiloUnavailableError,
     TaskLeaseLostError,
     TaskNotFoundError,
+    TlsError,
     TopologyError,
 )
 from silo.client.handle import JobHandle
 from silo.client.outcome import Cancelled, Failure, Success
+from silo.client.tls import TlsOptions
 from silo.client.types import (
     Job,
     JobAttempt,
@@ -37,6 +39,7 @@ from silo.client.types import (
     RetryPolicy,
     ShardRouting,
 )
+from silo.errors import ConfigError
 from silo.model.shards import hash_tenant
 from silo.wire.payload import PayloadError
 from silo.worker.context import Task, TaskContext
@@ -48,6 +51,7 @@ __all__ = [
     "Cancelled",
     "ClientClosed",
     "ClusterUnreachable",
+    "ConfigError",
     "DuplicateTaskDeliveryError",
     "ErrorContext",
     "Failure",
@@ -85,6 +89,8 @@ __all__ = [
     "TaskContext",
     "TaskLeaseLostError",
     "TaskNotFoundError",
+    "TlsError",
+    "TlsOptions",
     "TopologyError",
     "WorkerMetrics",
     "hash_tenant",

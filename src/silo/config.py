@@ -22,6 +22,8 @@ from silo.storage.durability import Durability
 
 SHARD_PLACEHOLDERS = ("%shard%", "{shard}")
 PORT_MAX = 65535
+DEFAULT_METRICS_ADDR = "127.0.0.1:9090"
+_KEPT_S_MAX = 100 * 365 * 86_400  # A hundred years.
 TOKEN_CHARS_MIN = 16
 TOKEN_CHARS_MAX = 4096  # More does not fit into the headers of a call.
 
@@ -59,6 +61,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     auth_token: Secret | None = None  # A token with scope `admin`.
     max_connections: Annotated[int, Meta(ge=1, le=1_000_000)] = 10_000
     max_streams_per_connection: Annotated[int, Meta(ge=1, le=1_000_000)] = 10_000
+    max_memory_mb: Annotated[int, Meta(ge=0, le=1 << 24)] | None = (
+        None  # 0: none. Unset: most of what there is.
+    )
 
 
 class AuthToken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -89,8 +94,23 @@ class TenancyConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_pending_jobs: Annotated[int, Meta(ge=1, le=1_000_000_000_000)] | None = None  # Of each tenant.
 
 
+class GubernatorConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """An external service that judges rate limits. Without an address the shards judge them."""
+
+    address: str | None = None  # Such as http://127.0.0.1:1051; https stands for TLS.
+    coalesce_interval_ms: Annotated[int, Meta(ge=0, le=1_000)] = 5  # How long a check waits for others.
+    max_batch_size: Annotated[int, Meta(ge=1, le=1_000)] = 100  # More than 1 000 the service refuses.
+    connect_timeout_ms: Annotated[int, Meta(ge=1, le=60_000)] = 5_000
+    request_timeout_ms: Annotated[int, Meta(ge=1, le=60_000)] = 10_000
+
+
 class LoggingConfig(msgspec.Struct, frozen=True, kw_only=True):
     format: Literal["text", "json"] = "text"
+
+
+class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True):
+    enabled: bool = True
+    addr: str | None = None  # Unset: DEFAULT_METRICS_ADDR, if nobody has it.
 
 
 class DatabaseConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,7 +120,16 @@ class DatabaseConfig(msgspec.Struct, frozen=True, kw_only=True):
     path: str = ""
     durability: Durability = Durability.FLUSHED
     flush_interval_ms: Annotated[int, Meta(ge=1, le=60_000)] = 100  # Of `buffered`.
+    completed_job_expire_s: Annotated[int, Meta(ge=1, le=_KEPT_S_MAX)] | None = None  # Of Succeeded jobs.
+    terminal_job_expire_s: Annotated[int, Meta(ge=1, le=_KEPT_S_MAX)] | None = None  # Of the others.
     slatedb: dict[str, Any] = {}  # SlateDB's own settings, which it checks itself.
+
+    @property
+    def durability_in_force(self) -> Literal["flushed", "buffered", "none"]:
+        """What an acknowledgement means: nothing outlives a server whose data is in memory."""
+        if self.backend == "memory":
+            return "none"
+        return "flushed" if self.durability is Durability.FLUSHED else "buffered"
 
     @property
     def root(self) -> str:
@@ -126,7 +155,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     tls: TlsConfig = TlsConfig()
     coordination: CoordinationConfig = CoordinationConfig()
     tenancy: TenancyConfig = TenancyConfig()
+    gubernator: GubernatorConfig = GubernatorConfig()
     logging: LoggingConfig = LoggingConfig()
+    metrics: MetricsConfig = MetricsConfig()
     database: DatabaseConfig = DatabaseConfig()
     dispatch: DispatchConfig = DispatchConfig()
 
@@ -161,6 +192,8 @@ def load_config(
         **{name: _read_section(name, type_, tables.get(name, {})) for name, type_ in sections.items()}
     )
     parse_address("server.grpc_addr", config.server.grpc_addr)
+    if config.metrics.addr is not None:
+        parse_address("metrics.addr", config.metrics.addr)
     coordination = config.coordination
     if coordination.advertised_grpc_addr is not None:
         parse_address("coordination.advertised_grpc_addr", coordination.advertised_grpc_addr)
@@ -168,6 +201,8 @@ def load_config(
         raise ConfigError("coordination.node_id is empty; leave it out or give the node a name")
     _check_auth(config)
     _check_tls(config.tls)
+    if config.gubernator.address is not None:
+        parse_url("gubernator.address", config.gubernator.address)
     try:
         json.dumps(config.database.slatedb)
     except (TypeError, ValueError) as error:
@@ -205,6 +240,30 @@ def parse_address(key: str, text: str) -> Address:
     if not (re.fullmatch("[0-9]{1,5}", port) and int(port) <= PORT_MAX):
         raise ConfigError(f"{key} = {_shown(key, text)}: the port must be a number from 0 to {PORT_MAX}")
     return Address(bare, int(port))
+
+
+def parse_url(key: str, text: str) -> tuple[str, bool]:
+    """`host:port` of `http://host:port` or the bare form, and whether it is `https`, which stands for TLS.
+
+    Raises:
+        ConfigError: it is none of these; `key` is named.
+    """
+    if not text.strip():
+        raise ConfigError(f"{key} is empty; leave it out or write one, as http://127.0.0.1:1051")
+    scheme, _, rest = text.rpartition("://")
+    address = rest.removesuffix("/")
+    if "@" in address:
+        raise ConfigError(f"{key} must not have a user or a password in it; write http://host:port")
+    try:
+        port = parse_address(key, address).port
+    except ConfigError:
+        port = 0
+    if not port or scheme.lower() not in ("", "http", "https"):
+        raise ConfigError(
+            f"{key} = {_shown(key, text)} is no address of a server; "
+            "write http://host:port, or https://host:port for TLS"
+        )
+    return address, scheme.lower() == "https"
 
 
 def split_scope(scope: str) -> tuple[Literal["admin", "tenant", "worker"], str]:

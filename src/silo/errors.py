@@ -1,7 +1,20 @@
-"""What Silo raises on purpose, by what the caller can do about it."""
+"""What Silo raises on purpose, by what the caller can do about it.
+
+Servers and clients of every language tell some errors apart by their texts. Those stand here as constants,
+and nowhere else: the server makes its errors of them, and our client looks for them. They never change.
+"""
 
 import enum
 from typing import ClassVar
+
+SHARD_NOT_FOUND = "shard not found"  # With NOT_FOUND: another node has it, so read the shard map again.
+JOB_NOT_FOUND = "job not found"
+LEASE_NOT_FOUND = "lease not found"  # With NOT_FOUND: forget the task.
+LEASE_OWNER_MISMATCH = "lease owner mismatch"  # With FAILED_PRECONDITION: the same.
+JOB_EXISTS = "job already exists"  # With ALREADY_EXISTS, or with INTERNAL from other servers.
+TERMINAL_STATE = "job is already in terminal state"  # With FAILED_PRECONDITION.
+NOT_WITHIN_SHARD = "is not within shard"  # With FAILED_PRECONDITION: the shard map is out of date.
+CONNECTION_RESET = "RST_STREAM"  # With INTERNAL, from gRPC itself: try again. No error of ours has it.
 
 
 class ErrorKind(enum.Enum):
@@ -52,14 +65,14 @@ class JobNotFound(SiloError):
     kind = ErrorKind.NOT_FOUND
 
     def __init__(self, **fields: object) -> None:
-        super().__init__("job not found", **fields)
+        super().__init__(JOB_NOT_FOUND, **fields)
 
 
 class JobExists(SiloError):
     kind = ErrorKind.EXISTS
 
     def __init__(self, job_id: str) -> None:
-        super().__init__(f"job already exists with id {job_id}")
+        super().__init__(f"{JOB_EXISTS} with id {job_id}")
 
 
 class LeaseNotFound(SiloError):
@@ -68,14 +81,14 @@ class LeaseNotFound(SiloError):
     kind = ErrorKind.NOT_FOUND
 
     def __init__(self, **fields: object) -> None:
-        super().__init__("lease not found", **fields)
+        super().__init__(LEASE_NOT_FOUND, **fields)
 
 
 class LeaseOwnerMismatch(SiloError):
     kind = ErrorKind.CONFLICT
 
     def __init__(self, **fields: object) -> None:
-        super().__init__("lease owner mismatch", **fields)
+        super().__init__(LEASE_OWNER_MISMATCH, **fields)
 
 
 class WrongTask(SiloError):
@@ -91,6 +104,24 @@ class StateForbids(SiloError):
     """The job's status does not allow the operation; nothing was changed."""
 
     kind = ErrorKind.CONFLICT
+
+
+class ShardNotFound(SiloError):
+    """No such shard here: read the shard map again."""
+
+    kind = ErrorKind.NOT_OWNER
+
+    def __init__(self, shard_id: str) -> None:
+        super().__init__(SHARD_NOT_FOUND, shard=shard_id)
+
+
+class TenantNotInRange(StateForbids):
+    """The tenant belongs to another shard: read the shard map again."""
+
+    def __init__(self, tenant: str, *, shard: str, hash_range: object) -> None:
+        super().__init__(
+            f"tenant '{tenant}' {NOT_WITHIN_SHARD} {shard} range {hash_range}; refresh topology and retry"
+        )
 
 
 class ShardClosed(SiloError):

@@ -15,7 +15,6 @@ import typer
 
 from silo.config import Config, load_config
 from silo.errors import ConfigError, SiloError
-from silo.storage.durability import Durability
 from silo.telemetry.logging import set_up_logging
 
 if TYPE_CHECKING:
@@ -54,6 +53,9 @@ def server(
         Path | None, typer.Option("--config", "-c", help="TOML file; defaults without.")
     ] = None,
     grpc_addr: Annotated[str | None, typer.Option(help="Address to serve, as 127.0.0.1:7450.")] = None,
+    metrics_addr: Annotated[
+        str | None, typer.Option(help="Address for metrics; 127.0.0.1:9090 without, if it is free.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder on this machine for the data.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log at debug level.")] = False,
 ) -> None:
@@ -61,6 +63,8 @@ def server(
     overrides: dict[str, object] = {}
     if grpc_addr is not None:
         overrides["server.grpc_addr"] = grpc_addr
+    if metrics_addr is not None:
+        overrides["metrics.addr"] = metrics_addr
     if data is not None:
         overrides |= {"database.backend": "fs", "database.path": f"{data.absolute()}/%shard%"}
     try:
@@ -70,13 +74,14 @@ def server(
         _fail(f"Config error: {error}")
 
     from silo.node.serve import serve
+    from silo.rpc.gubernator import limiter
     from silo.rpc.server import listener
 
     def greet(ready: "Ready") -> None:
         _greet(settings, ready)
 
     try:
-        _run(lambda: serve(settings, listener(settings), on_ready=greet))
+        _run(lambda: serve(settings, listener(settings), open_limiter=limiter(settings), on_ready=greet))
     except ConfigError as error:
         _fail(f"Config error: {error}")
     except (SiloError, OSError) as error:
@@ -93,17 +98,31 @@ def worker(  # noqa: PLR0917  # Typer passes them by name.
         int | None, typer.Option(min=1, help="Jobs to run at the same time; 10 without.")
     ] = None,
     server: Annotated[
-        list[str] | None, typer.Option(help="Address of a server; repeatable; 127.0.0.1:7450 without.")
+        list[str] | None,
+        typer.Option(help="Address of a server, with https:// for TLS; repeatable; 127.0.0.1:7450 without."),
     ] = None,
     tenant: Annotated[str | None, typer.Option(help="Tenant, where tenancy is enabled.")] = None,
     token: Annotated[
         str | None, typer.Option(envvar="SILO_TOKEN", help="Bearer token; better given in the environment.")
     ] = None,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Connect by TLS, trusting the system's authorities.")
+    ] = False,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="PEM file with the authorities to trust instead; stands for --tls.")
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="PEM file with a certificate for servers that ask for one.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file with its private key.")] = None,
 ) -> None:
     """Run jobs with an async function of yours, or a SiloWorker of yours, until Ctrl-C."""
+    from silo import TlsOptions
     from silo.cli.worker import run_worker
 
     set_up_logging("text", levels=os.environ.get("SILO_LOG"))
+    names_files = tls_ca is not None or tls_cert is not None or tls_key is not None
+    files = TlsOptions(ca_path=tls_ca, cert_path=tls_cert, key_path=tls_key)
     try:
         run_worker(
             handler,
@@ -112,6 +131,7 @@ def worker(  # noqa: PLR0917  # Typer passes them by name.
             servers=server,
             tenant=tenant,
             token=token,
+            tls=files if names_files else tls or None,
         )
     except (SiloError, OSError) as error:
         _fail(f"Error: {error}")
@@ -163,16 +183,18 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 def _greet(config: Config, ready: "Ready") -> None:
     database = config.database
     promise = {
-        Durability.FLUSHED: "flushed (acknowledged once it is on the disk or in the object store)",
-        Durability.BUFFERED: f"buffered (a crash may lose the last {database.flush_interval_ms} ms)",
-    }[database.durability]
-    if database.backend == "memory":
-        promise = "none (memory: gone when the server stops)"
+        "flushed": "flushed (acknowledged once it is on the disk or in the object store)",
+        "buffered": f"buffered (a crash may lose the last {database.flush_interval_ms} ms)",
+        "none": "none (memory: gone when the server stops)",
+    }[database.durability_in_force]
+    scheme = "" if config.tls.cert_path is None else "https://"
+    metrics = ready.metrics_address
     lines = (
         f"Silo serves gRPC on {ready.address} ({ready.shards} shards)",
         f"  data        {database.root}",
         f"  durability  {promise}",
-        f"  enqueue     SiloGRPCClient(servers=[{ready.address!r}])",
+        f"  metrics     {'not served' if metrics is None else f'http://{metrics}/metrics'}",
+        f"  enqueue     SiloGRPCClient(servers=[{scheme + ready.address!r}])",
         "  stop        Ctrl-C",
     )
     typer.echo("\n".join(lines))
@@ -180,6 +202,10 @@ def _greet(config: Config, ready: "Ready") -> None:
 
 
 def _start_failure(config: Config, error: SiloError | OSError) -> str:
+    from silo.telemetry.metrics import MetricsNotServed
+
+    if isinstance(error, MetricsNotServed):  # Its cause speaks of another address than ours.
+        return f"Error: {error}"
     address, root = config.server.grpc_addr, config.database.root
     if isinstance(error, socket.gaierror):
         return f"Error: {address}: {error.strerror}; choose another --grpc-addr"

@@ -35,6 +35,11 @@ class ServerProcess:
         assert self._process is not None, "the server was not started"
         return self._process.pid
 
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended, with a minus for a signal; None while it runs."""
+        return None if self._process is None else self._process.returncode
+
     async def start(self) -> None:
         """Start it and wait until it accepts connections.
 
@@ -46,7 +51,8 @@ class ServerProcess:
         try:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "silo.cli.main", "server",
-                "--grpc-addr", self.address, "--data", str(self.data), *self._extra,
+                "--grpc-addr", self.address, "--metrics-addr", "127.0.0.1:0", "--data", str(self.data),
+                *self._extra,
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         finally:

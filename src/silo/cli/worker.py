@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any  # What a worker's jobs carry is the application's.
 
-from silo import SiloGRPCClient, SiloWorker
+from silo import SiloGRPCClient, SiloWorker, TlsOptions
 from silo.client.topology import bare_address
 from silo.config import parse_address
 from silo.errors import ErrorKind, SiloError
@@ -68,13 +68,14 @@ def run_worker(
     servers: Sequence[str] | None = None,
     tenant: str | None = None,
     token: str | None = None,
+    tls: bool | TlsOptions | None = None,
     worker_id: str | None = None,
 ) -> None:
     """Run until SIGINT or SIGTERM, then let running jobs end.
 
     Raises:
         BadTarget: the target is neither a SiloWorker nor an async function, or an option does not fit it.
-        ConfigError: a server's address is none.
+        ConfigError: a server's address is none, or a file of `tls` is unusable.
     """
     for server in servers or ():
         parse_address("--server", bare_address(server))
@@ -90,6 +91,7 @@ def run_worker(
             servers=servers,
             tenant=tenant,
             token=token,
+            tls=tls,
             worker_id=worker_id,
         )
     )
@@ -104,10 +106,17 @@ async def _run(
     servers: Sequence[str] | None,
     tenant: str | None,
     token: str | None,
+    tls: bool | TlsOptions | None,
     worker_id: str | None,
 ) -> None:
     if isinstance(found, SiloWorker):
-        given = {"--task-group": task_group, "--concurrency": concurrency, "--server": servers}
+        given = {
+            "--task-group": task_group,
+            "--concurrency": concurrency,
+            "--server": servers,
+            "--tls": tls is True,
+            "--tls-ca, --tls-cert and --tls-key": isinstance(tls, TlsOptions),
+        }
         for option in (name for name, value in given.items() if value):
             raise BadTarget(f"{target} is a SiloWorker, which brings its own settings; leave out {option}")
         _announce(found, target)
@@ -118,7 +127,7 @@ async def _run(
         raise BadTarget(f"{target} is of type {kind}; give an async function or a SiloWorker")
     if not task_group:
         raise BadTarget("a handler needs --task-group")
-    async with SiloGRPCClient(servers=list(servers or (DEFAULT_SERVER,)), token=token) as client:
+    async with SiloGRPCClient(servers=list(servers or (DEFAULT_SERVER,)), token=token, tls=tls) as client:
         worker = SiloWorker(
             client=client,
             worker_id=worker_id or f"{socket.gethostname()}-{os.getpid()}",

@@ -18,13 +18,15 @@ from silo.client.errors import (
     JobNotTerminalError,
     SiloClientError,
     SiloFailedPreconditionError,
+    TlsError,
     from_status,
     is_connectivity_error,
     is_wrong_shard,
 )
 from silo.client.handle import JobHandle
 from silo.client.ids import new_job_id
-from silo.client.topology import ShardLocation, Topology, bare_address
+from silo.client.tls import Tls, TlsOptions, is_loopback, plaintext_objection
+from silo.client.topology import ShardLocation, Topology, bare_address, split_scheme
 from silo.client.types import (
     JOB_STATUSES,
     Heartbeat,
@@ -36,6 +38,7 @@ from silo.client.types import (
     RetryPolicy,
     ShardRouting,
 )
+from silo.errors import ConfigError
 from silo.wire import payload as values
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
 
@@ -56,13 +59,21 @@ class SiloGRPCClient:
     after a repetition says so in `after_retry`: an earlier try may have taken effect.
 
     Args:
-        servers: one address or several, `"host:port"` or `("host", port)` each.
-        token: bearer token, or an async function asked for one before every call.
-        use_tls: TLS with the system's roots. Off by default, since a local server speaks plaintext.
+        servers: one address or several, `"host:port"` or `("host", port)` each. `https://` before them
+            stands for TLS, `http://` for none.
+        token: bearer token, or an async function asked for one before every call. Without TLS everyone
+            on the way can read it.
+        tls: whether connections are secured, or how: `True` trusts the system's authorities. It holds
+            for all servers, those found through others included. Off by default, since a local server
+            speaks plaintext.
+        use_tls: the same as `tls=True`, by the name that other clients have for it.
         shard_routing: retries and topology refreshes.
         grpc_client_options: channel options, over the defaults.
         rpc_timeout_ms: deadline of each single try; a call that waits for work gets that wait on top.
         address_map: advertised address to the address to dial.
+
+    Raises:
+        ConfigError: a file of `tls` is missing or unusable, or `servers` and `tls` contradict each other.
     """
 
     def __init__(
@@ -70,22 +81,29 @@ class SiloGRPCClient:
         servers: Server | Sequence[Server],
         *,
         token: Token | None = None,
+        tls: bool | TlsOptions | None = None,
         use_tls: bool = False,
         shard_routing: ShardRouting | None = None,
         grpc_client_options: Mapping[str, object] | None = None,
         rpc_timeout_ms: int = 30_000,
         address_map: Mapping[str, str] | None = None,
     ) -> None:
-        self._servers = _addresses(servers)
-        if not self._servers:
+        given = _addresses(servers)
+        if not given:
             raise ValueError("servers names no server")
+        self._servers = [bare_address(address) for address in given]
         if rpc_timeout_ms <= 0:
             raise ValueError(f"rpc_timeout_ms must be positive, not {rpc_timeout_ms}")
         self._token = token
         self._routing = shard_routing or ShardRouting()
-        self._connections = Connections(use_tls=use_tls, options=grpc_client_options or {})
-        self._timeout_s = rpc_timeout_ms / 1000
         self._address_map = dict(address_map or {})
+        tls = True if use_tls and not tls else tls
+        options = _tls_options(tls, [*given, *self._address_map.values()])
+        self._tls = None if options is None else Tls(options)
+        self._connections = Connections(tls=self._tls, options=grpc_client_options or {})
+        self._is_token_safe_at: set[str] = set()
+        self._warned_of_token = False
+        self._timeout_s = rpc_timeout_ms / 1000
         self._topology = Topology()
         self._redirects: dict[str, str] = {}
         self._first_refresh: asyncio.Task[None] | None = None
@@ -372,6 +390,7 @@ class SiloGRPCClient:
 
         Raises:
             ClusterUnreachable: none answered; what was known stays in use.
+            TlsError: none answered, because of TLS.
         """
         known = self._connections.addresses()
         failures: list[tuple[str, Exception]] = []
@@ -393,7 +412,10 @@ class SiloGRPCClient:
             self._check_open()
             self._adopt(response)
             return
-        address, failure = next(filter(_is_final, failures), failures[-1])
+        address, failure = max(reversed(failures), key=_weight)
+        if isinstance(failure, TlsError) and all(isinstance(error, TlsError) for _, error in failures):
+            before = f"{_UNREACHABLE}: "
+            raise TlsError(address, failure.reason, before=before, may_recover=False) from failure
         raise ClusterUnreachable(
             f"{_UNREACHABLE}: {address}: {_summary(failure)}", may_recover=not _is_final((address, failure))
         ) from failure
@@ -475,8 +497,12 @@ class SiloGRPCClient:
                 unreachable = None if self._follow_redirect(call, error) else await self._try_to_refresh()
             except ClusterUnreachable as error:
                 failure = error
-                if not left or not error.may_recover:
+                if not left or not error.may_recover or call.was_insecure:
                     raise
+                if isinstance(error, TlsError):
+                    # The address may be another's by now, and the shard somewhere else: look once.
+                    call.was_insecure = call.is_ambiguous = True
+                    await self.refresh_topology()
             await self._pause(call, delay_ms / 1000)
             if call.gives_up:
                 raise failure
@@ -535,15 +561,42 @@ class SiloGRPCClient:
         token = await self._current_token()
         if token:
             metadata = (*metadata, ("authorization", f"Bearer {token}"))
+            if self._tls is None:
+                self._note_plaintext_token(address)
         self._check_open()
         with self._connections.use(address) as stub:
             try:
                 return await getattr(stub, method)(request, timeout=timeout_s, metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNAVAILABLE:
+                    await self._check_tls(address, error)
+                raise
             except (asyncio.CancelledError, grpc.aio.UsageError):
                 # A channel that is closed under a call cancels it, although nobody cancelled the caller.
                 if not _is_being_cancelled():
                     self._check_open()
                 raise
+
+    async def _check_tls(self, address: str, error: grpc.aio.AioRpcError) -> None:
+        """Raise TlsError if a call was not answered because of TLS."""
+        ask = plaintext_objection if self._tls is None else self._tls.objection
+        objection = await ask(address, error.details() or "")
+        if objection is not None:
+            raise TlsError(address, objection) from error
+
+    def _note_plaintext_token(self, address: str) -> None:
+        """Warn, once, before a token goes over a network in the clear. Existing clients do it, too."""
+        if self._warned_of_token or address in self._is_token_safe_at:
+            return
+        if is_loopback(address):
+            self._is_token_safe_at.add(address)
+            return
+        self._warned_of_token = True
+        log.warning(
+            "[SiloGRPCClient] The token is sent to %s without TLS, readable by everyone on the way; "
+            "write https:// before the address, or give tls",
+            address,
+        )
 
     def _address_for(self, call: "_Call") -> str:
         if call.shard is not None:
@@ -606,6 +659,7 @@ class _Call:
         self.wait_s = 0.0  # How long the server may take beyond the usual.
         self.is_ambiguous = False  # A try was not answered: it may have taken effect.
         self.give_up: asyncio.Event | None = None
+        self.was_insecure = False  # A try failed because of TLS, and the topology was asked for since.
 
     @property
     def gives_up(self) -> bool:
@@ -623,20 +677,49 @@ def _addresses(servers: Server | Sequence[Server]) -> list[str]:
     if isinstance(servers, str) or (len(servers) == 2 and isinstance(servers[1], int)):
         servers = [cast(Server, servers)]  # One server, not a list of them.
     return [
-        bare_address(server if isinstance(server, str) else f"{server[0]}:{server[1]}")
+        server if isinstance(server, str) else f"{server[0]}:{server[1]}"
         for server in cast(Sequence[Server], servers)
     ]
+
+
+def _tls_options(tls: bool | TlsOptions | None, addresses: Sequence[str]) -> TlsOptions | None:
+    """What `tls` and the schemes of the addresses come to; None is plaintext.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    schemes = {address: split_scheme(address)[1] for address in addresses}
+    secure = next((address for address, asks_for_tls in schemes.items() if asks_for_tls), None)
+    plain = next((address for address, asks_for_tls in schemes.items() if asks_for_tls is False), None)
+    if secure is not None and plain is not None:
+        raise ConfigError(f"{secure} asks for TLS and {plain} for none; a client has one way for all servers")
+    if secure is not None and tls is False:
+        raise ConfigError(f"{secure} asks for TLS, but tls is off; leave one of them out")
+    if plain is not None and tls:
+        raise ConfigError(f"{plain} asks for plaintext, but tls is given; write https://, or no scheme")
+    if isinstance(tls, TlsOptions):
+        return tls
+    return TlsOptions() if tls or secure is not None else None
 
 
 def _is_final(failure: tuple[str, Exception]) -> bool:
     """Whether waiting cannot help: the cluster is there and refuses us, or no call was made at all."""
     _, error = failure
+    if isinstance(error, TlsError):
+        return False  # It says nothing of the other servers.
     if not isinstance(error, grpc.aio.AioRpcError):
         return True
     return error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 
+def _weight(failure: tuple[str, Exception]) -> int:
+    """How much one of several failures says about why no server answered."""
+    return 2 if _is_final(failure) else isinstance(failure[1], TlsError)
+
+
 def _summary(error: Exception) -> str:
+    if isinstance(error, TlsError):
+        return error.reason
     if isinstance(error, grpc.aio.AioRpcError):
         return f"{error.code().name}: {error.details()}"
     return f"{type(error).__name__}: {error}"

@@ -13,6 +13,7 @@ from typing import Any  # The grpc stub is untyped.
 
 import grpc
 
+from silo.client.tls import Tls
 from silo.wire.pb.silo.v1 import silo_pb2_grpc
 
 _RETRY_EXHAUSTED = {
@@ -58,9 +59,11 @@ class _Connection:
 class Connections:
     """Open channels in the order in which their addresses were learned."""
 
-    def __init__(self, *, use_tls: bool, options: Mapping[str, object]) -> None:
-        self._use_tls = use_tls
-        self._options = list({**CHANNEL_DEFAULTS, **options}.items())
+    def __init__(self, *, tls: Tls | None, options: Mapping[str, object]) -> None:
+        """Without `tls` they speak plaintext."""
+        self._tls = tls
+        of_tls = tls.channel_options if tls is not None else {}
+        self._options = list({**CHANNEL_DEFAULTS, **of_tls, **options}.items())
         self._open: dict[str, _Connection] = {}
         self._unwanted: set[_Connection] = set()
         self._closing: set[asyncio.Task[None]] = set()
@@ -73,9 +76,8 @@ class Connections:
         """Know an address from now on. The channel connects with its first call."""
         if address in self._open:
             return
-        if self._use_tls:
-            credentials = grpc.ssl_channel_credentials()
-            channel = grpc.aio.secure_channel(address, credentials, options=self._options)
+        if self._tls is not None:
+            channel = grpc.aio.secure_channel(address, self._tls.credentials, options=self._options)
         else:
             channel = grpc.aio.insecure_channel(address, options=self._options)
         self._open[address] = _Connection(channel)

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import grpc
 
-from silo.errors import SiloError
+from silo.errors import CONNECTION_RESET, JOB_EXISTS, SHARD_NOT_FOUND, SiloError
 
 
 class SiloClientError(SiloError):
@@ -33,6 +33,20 @@ class ClusterUnreachable(SiloClientError):
     def __init__(self, message: str, *, may_recover: bool = True) -> None:
         super().__init__(message)
         self.may_recover = may_recover
+
+
+class TlsError(ClusterUnreachable):
+    """A server and this client do not agree on TLS: a certificate is not accepted, or one side speaks none.
+
+    The text names the address and says what is wrong.
+    """
+
+    code = "SILO_TLS"
+
+    def __init__(self, address: str, reason: str, *, before: str = "", may_recover: bool = True) -> None:
+        super().__init__(f"{before}{address}: {reason}", may_recover=may_recover)
+        self.address = address
+        self.reason = reason
 
 
 class TopologyError(SiloClientError):
@@ -191,7 +205,7 @@ def from_status(
     """The error for a status, by what the call was about."""
     status, text = error.code(), error.details() or ""
     is_duplicate = status is grpc.StatusCode.ALREADY_EXISTS or (
-        status is grpc.StatusCode.INTERNAL and "job already exists" in text
+        status is grpc.StatusCode.INTERNAL and JOB_EXISTS in text
     )
     if is_enqueue and is_duplicate:
         return JobAlreadyExistsError(job_id, tenant, text)
@@ -211,7 +225,7 @@ def is_connectivity_error(error: BaseException) -> bool:
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return "statement timeout" not in text
     return error.code() is grpc.StatusCode.UNAVAILABLE or (
-        error.code() is grpc.StatusCode.INTERNAL and "RST_STREAM" in text
+        error.code() is grpc.StatusCode.INTERNAL and CONNECTION_RESET in text
     )
 
 
@@ -220,5 +234,5 @@ def is_wrong_shard(error: BaseException) -> bool:
     return (
         isinstance(error, grpc.aio.AioRpcError)
         and error.code() is grpc.StatusCode.NOT_FOUND
-        and "shard not found" in (error.details() or "")
+        and SHARD_NOT_FOUND in (error.details() or "")
     )

@@ -65,6 +65,13 @@ class Topology:
 
 def bare_address(address: str) -> str:
     """`host:port` without a scheme."""
-    for scheme in ("http://", "https://"):
-        address = address.removeprefix(scheme)
-    return address
+    return split_scheme(address)[0]
+
+
+def split_scheme(address: str) -> tuple[str, bool | None]:
+    """`host:port`, and whether the scheme before it asks for TLS; None without one."""
+    scheme, separator, rest = address.partition("://")
+    asks_for_tls = {"http": False, "https": True}.get(scheme.lower())
+    if not separator or asks_for_tls is None:
+        return address, None
+    return rest.removesuffix("/"), asks_for_tls

@@ -3,7 +3,7 @@
 import msgspec
 
 from silo.engine.schedule import pending_at
-from silo.errors import StateForbids
+from silo.errors import TERMINAL_STATE, StateForbids
 from silo.model.change import Change
 from silo.model.job import Checking, Delayed, Job, JobState, JobStatus, Pending, Throttled, Waiting
 
@@ -19,7 +19,7 @@ def cancel(state: JobState, *, now_ms: int) -> Change:
     if state.cancelled_at_ms is not None:
         raise StateForbids("job is already cancelled")
     if state.status in _FINAL:
-        raise StateForbids("job is already in terminal state")
+        raise StateForbids(TERMINAL_STATE)
     after = msgspec.structs.replace(state, cancelled_at_ms=now_ms)
     if state.status is JobStatus.SCHEDULED:
         after = msgspec.structs.replace(
@@ -62,12 +62,13 @@ def expedite(state: JobState, *, now_ms: int, priority_step_ms: int) -> Change:
         StateForbids: nothing of the job waits for a later time.
     """
     if state.status in _FINAL:
-        raise _refused("expedite", state, "job is already in terminal state")
+        raise _refused("expedite", state, TERMINAL_STATE)
     if state.cancelled_at_ms is not None:
         raise _refused("expedite", state, "job is cancelled")
     if state.status is JobStatus.RUNNING:
         raise _refused("expedite", state, "job is currently running")
     pending: Pending
+    start_at_ms = now_ms
     match state.pending:
         case None | Waiting() | Throttled():  # What waits in line for a limit cannot be hurried.
             raise _refused("expedite", state, "job has no pending task to expedite")
@@ -77,9 +78,10 @@ def expedite(state: JobState, *, now_ms: int, priority_step_ms: int) -> Change:
             )
         case Checking(due_ms=due_ms, checks=checks) if due_ms > now_ms:
             pending = Checking(now_ms, checks)
+            start_at_ms = min(now_ms, state.rank[0])  # It keeps its place among those that wait.
         case _:
             raise _refused("expedite", state, "task is already ready to run (not future-scheduled)")
-    after = msgspec.structs.replace(state, changed_at_ms=now_ms, next_start_ms=now_ms, pending=pending)
+    after = msgspec.structs.replace(state, changed_at_ms=now_ms, next_start_ms=start_at_ms, pending=pending)
     return Change(before=state, after=after)
 
 

@@ -3,7 +3,7 @@
 import msgspec
 
 from silo.engine.schedule import virtual_deadline_ms
-from silo.errors import StateForbids
+from silo.errors import TERMINAL_STATE, StateForbids
 from silo.model.change import Change
 from silo.model.job import LEASE_MS, Delayed, JobState, JobStatus, Lease, Ready, Waiting
 
@@ -51,7 +51,7 @@ def check_leasable(state: JobState) -> None:
     if state.status is JobStatus.RUNNING:
         reason = "job is currently running"
     elif state.status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
-        reason = "job is already in terminal state"
+        reason = TERMINAL_STATE
     elif state.cancelled_at_ms is not None:
         reason = "job is cancelled"
     elif state.pending is None:

@@ -67,6 +67,9 @@ class LimitsView(Protocol):
     def is_next(self, tenant: str, name: str, unique_key: str, *, rank: Rank) -> bool:
         """Whether nobody ahead of `rank` waits in the bucket's line."""
 
+    def asking_turn(self, tenant: str, *, now_ms: int) -> int:
+        """When it is the turn of another job of the tenant to ask an external limiter."""
+
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of the chain."""
@@ -219,7 +222,7 @@ class _Step:
         """Whether the walk ends at this limit, and where the job waits then; None if it is out of tries."""
         checks = self._checks()
         if self._asks_outside:
-            return True, Asking(self._now_ms, checks)
+            return True, Asking(self._view.asking_turn(self._state.tenant, now_ms=self._now_ms), checks)
         tenant, name = self._state.tenant, (limit.name, limit.unique_key)
         bucket = self.buckets.get(name) or self._view.bucket(tenant, *name)
         can_pass = rate.can_ever_pass(limit)

@@ -26,8 +26,8 @@ def check(bucket: Bucket | None, limit: RateLimit, *, tenant: str, now_ms: int) 
 
     No hits ask whether anything is left; negative ones give back.
     """
-    duration_ms = duration_of(limit, now_ms)
-    current = _current(bucket, limit, tenant, duration_ms, now_ms)
+    current = _current(bucket, limit, tenant, now_ms)
+    duration_ms = current.duration_ms
     level = 0 if limit.behavior & RateBehavior.RESET_REMAINING else _level(current)
     full = limit.limit * duration_ms
     wanted = limit.hits * duration_ms
@@ -45,7 +45,7 @@ def fits_at_ms(bucket: Bucket | None, limit: RateLimit, *, tenant: str, now_ms: 
     """When `check` lets the hits through, if nobody else takes any; `now_ms` if it does now."""
     if limit.hits < 0 or limit.behavior & RateBehavior.RESET_REMAINING:
         return now_ms if can_ever_pass(limit) else NEVER_MS
-    current = _current(bucket, limit, tenant, duration_of(limit, now_ms), now_ms)
+    current = _current(bucket, limit, tenant, now_ms)
     return max(now_ms, _fits_at_ms(current, limit, now_ms))
 
 
@@ -91,44 +91,45 @@ def calendar_window(window: CalendarWindow, at_ms: int) -> tuple[int, int]:
     return round(start.timestamp()) * 1000, round(end.timestamp()) * 1000
 
 
-def _current(bucket: Bucket | None, limit: RateLimit, tenant: str, duration_ms: int, now_ms: int) -> Bucket:
+def _current(bucket: Bucket | None, limit: RateLimit, tenant: str, now_ms: int) -> Bucket:
     """The bucket as it stands at `now_ms` for a request with these settings."""
     if bucket is None or bucket.algorithm is not limit.algorithm:
-        return Bucket(
+        bucket = Bucket(
             tenant=tenant,
             name=limit.name,
             unique_key=limit.unique_key,
             algorithm=limit.algorithm,
             limit=limit.limit,
-            duration_ms=duration_ms,
+            duration_ms=1,
             used=0,
             part=0,
-            at_ms=_window_start_ms(limit, now_ms),
+            at_ms=now_ms,
         )
     if limit.algorithm is RateAlgorithm.TOKEN_BUCKET:
-        start_ms = bucket.at_ms
-        if now_ms >= start_ms + duration_ms:
-            bucket = msgspec.structs.replace(bucket, used=0, at_ms=_window_start_ms(limit, now_ms))
-        return msgspec.structs.replace(bucket, limit=limit.limit, duration_ms=duration_ms, part=0)
-    # A changed duration changes what a part of a hit is; a clock that went back drains nothing.
-    part = bucket.part * duration_ms // bucket.duration_ms
-    drained = max(0, now_ms - bucket.at_ms) * max(0, limit.limit)
-    used, part = divmod(max(0, bucket.used * duration_ms + part - drained), duration_ms)
+        start_ms, end_ms = _token_window(limit, bucket.at_ms, now_ms)
+        used = bucket.used if bucket.at_ms >= start_ms else 0
+        part, at_ms, duration_ms = 0, start_ms, end_ms - start_ms
+    else:
+        # A changed duration changes what a part of a hit is; a clock that went back drains nothing.
+        duration_ms = duration_of(limit, now_ms)
+        part = bucket.part * duration_ms // bucket.duration_ms
+        drained = max(0, now_ms - bucket.at_ms) * max(0, limit.limit)
+        used, part = divmod(max(0, bucket.used * duration_ms + part - drained), duration_ms)
+        at_ms = max(now_ms, bucket.at_ms)
     return msgspec.structs.replace(
-        bucket,
-        limit=limit.limit,
-        duration_ms=duration_ms,
-        used=used,
-        part=part,
-        at_ms=max(now_ms, bucket.at_ms),
+        bucket, limit=limit.limit, duration_ms=duration_ms, used=used, part=part, at_ms=at_ms
     )
 
 
-def _window_start_ms(limit: RateLimit, now_ms: int) -> int:
-    is_calendar = limit.behavior & RateBehavior.DURATION_IS_GREGORIAN
-    if is_calendar and limit.algorithm is RateAlgorithm.TOKEN_BUCKET:
-        return calendar_window(CalendarWindow(limit.duration_ms), now_ms)[0]
-    return now_ms
+def _token_window(limit: RateLimit, start_ms: int, now_ms: int) -> tuple[int, int]:
+    """Begin and end of the window that counts at `now_ms`, if the last one began at `start_ms`."""
+    if limit.behavior & RateBehavior.DURATION_IS_GREGORIAN:
+        # The next window may be longer than the last one, so its begin decides and no duration.
+        return calendar_window(CalendarWindow(limit.duration_ms), max(now_ms, start_ms))
+    duration_ms = max(1, limit.duration_ms)
+    if now_ms >= start_ms + duration_ms:
+        start_ms = now_ms
+    return start_ms, start_ms + duration_ms
 
 
 def _level(bucket: Bucket) -> int:
@@ -143,7 +144,8 @@ def _fits_at_ms(bucket: Bucket, limit: RateLimit, now_ms: int) -> int:
         return now_ms
     if bucket.algorithm is RateAlgorithm.TOKEN_BUCKET:
         return _saturated(bucket.at_ms + bucket.duration_ms)
-    return _saturated(now_ms + -(-missing // limit.limit))
+    # From the bucket's time on: if the clock went back, nothing drains before it is there again.
+    return _saturated(bucket.at_ms + -(-missing // limit.limit))
 
 
 def _saturated(at_ms: int) -> int:

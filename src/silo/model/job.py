@@ -41,7 +41,7 @@ MOVES: dict[JobStatus, frozenset[JobStatus]] = {
 }
 """The one table of legal status changes. A terminal job can also be deleted.
 
-Only an import ends a Scheduled, Failed or Cancelled job as Succeeded or Failed.
+Only an import, or a rate limit that is out of tries, ends a job that does not run as Succeeded or Failed.
 """
 
 
@@ -112,9 +112,9 @@ class Checking(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
 
 
 class Asking(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
-    """Due: an external limiter is being asked, since `since_ms`."""
+    """Due: an external limiter is asked about it, the smallest `turn` first."""
 
-    since_ms: int
+    turn: int
     checks: int
 
 

@@ -20,3 +20,16 @@ def bound_allocator() -> bool:
     except (AttributeError, OSError):
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)) and bool(mallopt(_ARENA_MAX, _HEAPS))
+
+
+def release_free_memory() -> bool:
+    """Give back to the system what this process has released; whether its C library knows how.
+
+    gRPC takes large messages apart into small blocks. After a flood of them gigabytes were seen to stay with
+    a process that used none of it. Takes about 0.1 s for each gigabyte.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):
+        return False
+    return bool(trim(0))

@@ -11,12 +11,13 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from random import Random
 
 from silo.clock import Clock
-from silo.errors import Overloaded, ShardClosed, SiloError, StoreError, StoreFenced, describe
+from silo.errors import Overloaded, ShardClosed, ShardNotFound, SiloError, StoreError, StoreFenced, describe
 from silo.model.shards import ShardInfo
 from silo.model.task import Leased
 from silo.node.layout import Layout, Storage
-from silo.node.node import ShardNotFound
+from silo.node.memory import Memory
 from silo.shard.dispatch import Room
+from silo.shard.limiter import RateLimiter
 from silo.shard.shard import Shard, ShardOptions
 from silo.telemetry.logging import Log
 
@@ -47,18 +48,22 @@ class HostedNode:
         clock: Clock,
         rng: Random,
         options: ShardOptions,
+        limiter: RateLimiter | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self.node_id = layout.node_id
         self.advertised_addr = advertised_addr
         self.tenancy_enabled = tenancy_enabled
         self.dev_mode = dev_mode
+        self.memory = memory or Memory(None)
         self._shard_map = {info.shard_id: info for info in layout.shards}
         self._storage = storage
         self._clock = clock
         self._rng = rng
         self._options = options
+        self._limiter = limiter
         self._open: dict[str, Shard] = {}
-        self._opened: set[Callable[[], None]] = set()  # Called when a shard has opened.
+        self._opened: dict[Callable[[], None], None] = {}  # Called when a shard has opened.
         self._keepers: list[asyncio.Task[None]] = []
         self._stop = asyncio.Event()
         self._is_closing = False
@@ -103,8 +108,8 @@ class HostedNode:
             woken = asyncio.Event()
             with ExitStack() as watching:
                 # Watch first and look afterwards: work that comes in between is not missed.
-                self._opened.add(woken.set)
-                watching.callback(self._opened.discard, woken.set)
+                self._opened[woken.set] = None
+                watching.callback(self._opened.pop, woken.set)
                 for shard in self._open.values():
                     watching.callback(shard.on_work(task_group, woken.set))
                 watching.callback(self._clock.call_at(deadline_ms, woken.set).cancel)
@@ -254,6 +259,7 @@ class HostedNode:
             clock=self._clock,
             rng=rng,
             options=self._options,
+            limiter=self._limiter,
         )
         closed = asyncio.create_task(shard.wait_closed(), name=f"watch {info.shard_id}")
         stopping = asyncio.create_task(stop.wait(), name=f"stop {info.shard_id}")
@@ -280,7 +286,7 @@ async def _once_durable(taken: dict[Shard, list[Leased]]) -> list[tuple[str, Lea
     finally:
         for wait in waits:
             wait.cancel()
-    kept = [waits[wait] for wait in done if wait.exception() is None]
+    kept = [shard for wait, shard in waits.items() if wait in done and wait.exception() is None]
     return [(shard.shard_id, task) for shard in kept for task in taken[shard]]
 
 
@@ -295,8 +301,10 @@ async def host_shards(
     clock: Clock,
     rng: Random,
     options: ShardOptions,
+    limiter: RateLimiter | None = None,
+    memory: Memory | None = None,
 ) -> AsyncIterator[HostedNode]:
-    """Host the shards of `layout` while the block runs."""
+    """Host the shards of `layout` while the block runs; see `Shard.open` for the `limiter`."""
     node = HostedNode(
         layout,
         advertised_addr=advertised_addr,
@@ -306,6 +314,8 @@ async def host_shards(
         clock=clock,
         rng=rng,
         options=options,
+        limiter=limiter,
+        memory=memory,
     )
     try:
         await node.start()

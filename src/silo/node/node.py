@@ -3,19 +3,10 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from silo.errors import ErrorKind, SiloError
 from silo.model.shards import ShardInfo
 from silo.model.task import Leased
+from silo.node.memory import Memory
 from silo.shard.shard import Shard
-
-
-class ShardNotFound(SiloError):
-    """No such shard here: read the shard map again."""
-
-    kind = ErrorKind.NOT_OWNER
-
-    def __init__(self, shard_id: str) -> None:
-        super().__init__("shard not found", shard=shard_id)
 
 
 class Node(Protocol):
@@ -25,6 +16,7 @@ class Node(Protocol):
     advertised_addr: str
     tenancy_enabled: bool
     dev_mode: bool
+    memory: Memory
 
     def shard_map(self) -> Sequence[ShardInfo]:
         """Every shard of the cluster, ascending by range."""

@@ -4,17 +4,21 @@ import asyncio
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from random import Random
 
 import msgspec
 
 from silo.clock import SystemClock
-from silo.config import Address, Config, parse_address
+from silo.config import Address, Config, MetricsConfig, parse_address
+from silo.engine.retention import Retention
 from silo.errors import StoreUnavailable
 from silo.node.allocator import bound_allocator
 from silo.node.hosting import HostedNode, host_shards
 from silo.node.layout import Layout, load_layout
+from silo.node.memory import Memory, bound_from, watched
+from silo.node.readings import not_served, readings_served
+from silo.shard.limiter import RateLimiter
 from silo.shard.shard import ShardOptions
 from silo.storage.slate import SlateStorage
 from silo.telemetry.logging import Log
@@ -24,6 +28,9 @@ Listen = Callable[[str, HostedNode], AbstractAsyncContextManager[str]]
 
 Leaving the block lets calls under way finish, for a few seconds at most.
 """
+
+OpenLimiter = Callable[[], AbstractAsyncContextManager[RateLimiter]]
+"""Connects to the service that judges rate limits, for the length of the block."""
 
 _LAYOUT_TIMEOUT_S = 30.0
 _ANY_HOSTS = ("0.0.0.0", "::")
@@ -37,17 +44,26 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     node_id: str
     shards: int
+    metrics_address: str | None
 
 
-async def serve(config: Config, listen: Listen, *, on_ready: Callable[[Ready], None] | None = None) -> None:
+async def serve(
+    config: Config,
+    listen: Listen,
+    *,
+    open_limiter: OpenLimiter | None = None,
+    on_ready: Callable[[Ready], None] | None = None,
+) -> None:
     """Run one node until SIGINT or SIGTERM. Shutdown is this ladder from the last line up.
 
     Raises:
         SiloError, OSError: it could not start: the data root is in use or not
-            accessible, or the address cannot be bound.
+            accessible, the address cannot be bound, or the rate limiter does not answer.
     """
     bound_allocator()
     await asyncio.to_thread(_check_address, parse_address("server.grpc_addr", config.server.grpc_addr))
+    await asyncio.to_thread(_check_metrics_address, config.metrics)
+    memory = Memory(bound_from(config.server.max_memory_mb))
     rng = Random()
     database = config.database
     storage = SlateStorage(
@@ -56,7 +72,10 @@ async def serve(config: Config, listen: Listen, *, on_ready: Callable[[Ready], N
         flush_interval_ms=database.flush_interval_ms,
         settings=database.slatedb,
     )
-    with storage.lock():
+    async with AsyncExitStack() as opened:
+        # Before anything is written: without its limiter a server leaves no trace.
+        limiter = await opened.enter_async_context(open_limiter()) if open_limiter is not None else None
+        opened.enter_context(storage.lock())
         layout = await _load_layout(storage, config, rng)
         async with (
             stop_signals() as stopped,  # Outermost: a second signal counts while shards open and close, too.
@@ -71,17 +90,38 @@ async def serve(config: Config, listen: Listen, *, on_ready: Callable[[Ready], N
                 options=ShardOptions(
                     priority_step_ms=config.dispatch.priority_step_ms,
                     max_pending_jobs=config.tenancy.max_pending_jobs,
+                    retention=Retention(
+                        succeeded_s=database.completed_job_expire_s,
+                        unsuccessful_s=database.terminal_job_expire_s,
+                    ),
                 ),
+                limiter=limiter,
+                memory=memory,
             ) as node,
+            watched(memory),
             listen(config.server.grpc_addr, node) as address,
+            readings_served(config.metrics, node, durability=database.durability_in_force) as metrics_address,
         ):
             if config.coordination.advertised_grpc_addr is None:
                 node.advertised_addr = address
                 if parse_address("server.grpc_addr", config.server.grpc_addr).host in _ANY_HOSTS:
                     log.warning("no address for others: set advertised_grpc_addr", grpc_addr=address)
-            log.info("server started", grpc_addr=address, node_id=node.node_id, shards=len(layout.shards))
+            ready = Ready(
+                address=address,
+                node_id=node.node_id,
+                shards=len(layout.shards),
+                metrics_address=metrics_address,
+            )
+            log.info(
+                "server started",
+                grpc_addr=address,
+                metrics_addr=metrics_address or "none",
+                node_id=node.node_id,
+                shards=ready.shards,
+                max_memory_mb=(memory.bound_bytes or 0) >> 20,
+            )
             if on_ready is not None:
-                on_ready(Ready(address=address, node_id=node.node_id, shards=len(layout.shards)))
+                on_ready(ready)
             await stopped.wait()
             log.info("server stopping")
             node.end_waits()  # Long polls answer now; the drain is for calls that do something.
@@ -120,6 +160,15 @@ async def stop_signals() -> AsyncIterator[asyncio.Event]:
         for number in numbers:
             loop.remove_signal_handler(number)
             signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+def _check_metrics_address(config: MetricsConfig) -> None:
+    """The same for a configured address of metrics."""
+    if config.enabled and config.addr is not None:
+        try:
+            _check_address(parse_address("metrics.addr", config.addr))
+        except OSError as error:
+            raise not_served(config.addr, error) from error
 
 
 def _check_address(address: Address) -> None:

@@ -11,15 +11,16 @@ from typing import Any, TypeVar, cast  # grpc is untyped: contexts are Any here.
 from urllib.parse import quote
 
 import grpc
-from google.protobuf.message import DecodeError, Message
 
-from silo.errors import ErrorKind, ShardClosed, SiloError, StateForbids, describe
+from silo.errors import ErrorKind, ShardClosed, ShardNotFound, SiloError, StateForbids, describe
+from silo.model.attempt import Failure, Success
 from silo.model.floating import FloatingState
 from silo.model.job import ImportedJob, JobStatus
 from silo.model.shards import HashRange
 from silo.model.task import Leased
-from silo.node.node import Node, ShardNotFound
-from silo.rpc.auth import EVERYTHING, Access, Tokens, Unauthenticated
+from silo.model.view import JobView
+from silo.node.node import Node
+from silo.rpc.auth import EVERYTHING, Access
 from silo.rpc.status import STATUS
 from silo.shard.shard import Shard
 from silo.telemetry import profiling
@@ -33,7 +34,7 @@ WAIT_KEY = "silo-wait-ms"  # Our addition: how long a LeaseTasks call may wait f
 _WAIT_MS = 25
 _WAIT_MS_MAX = 30_000
 _TEXT_BYTES_MAX = 4096  # A status text travels in a header, of which clients take 8 KiB at most.
-_SERVICE = pb.DESCRIPTOR.services_by_name["Silo"]
+SERVICE = pb.DESCRIPTOR.services_by_name["Silo"]
 
 _Handler = TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
 
@@ -70,12 +71,16 @@ def _answering(handler: _Handler) -> _Handler:
         try:
             return await handler(self, request, context)
         except SiloError as error:
-            await context.abort(STATUS[error.kind], _shortened(error.message))
+            # Its traceback has the request in it, and is in a circle where the error was a variable.
+            error.__traceback__ = None
+            code, text = STATUS[error.kind], shortened(error.message)
         except Exception as error:
             if context.done() or isinstance(error, grpc.aio.AbortError):
                 raise
             log.exception("call failed", extra={"fields": {"method": handler.__name__}})
-            await context.abort(grpc.StatusCode.INTERNAL, "internal error")
+            code, text = grpc.StatusCode.INTERNAL, "internal error"
+        del request  # See `_taken_in`.
+        return await context.abort(code, text)
 
     return cast(_Handler, answer)
 
@@ -161,14 +166,16 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
     @_answering
     async def GetJob(self, request: pb.GetJobRequest, context: Any) -> pb.GetJobResponse:
         shard, tenant = self._job_scope(request)
-        return convert.job_to_pb(
-            await shard.get_job(tenant=tenant, job_id=request.id, with_attempts=request.include_attempts)
-        )
+        view = await shard.get_job(tenant=tenant, job_id=request.id, with_attempts=request.include_attempts)
+        self._node.memory.check(_size(view))
+        return convert.job_to_pb(view)
 
     @_answering
     async def GetJobResult(self, request: pb.GetJobResultRequest, context: Any) -> pb.GetJobResultResponse:
         shard, tenant = self._job_scope(request)
-        return convert.job_result_to_pb(await shard.get_job(tenant=tenant, job_id=request.id))
+        view = await shard.get_job(tenant=tenant, job_id=request.id)
+        self._node.memory.check(_size(view))
+        return convert.job_result_to_pb(view)
 
     @_answering
     async def DeleteJob(self, request: pb.DeleteJobRequest, context: Any) -> pb.DeleteJobResponse:
@@ -374,6 +381,16 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
         return pb.DumpTasksResponse(dump=dump, task_count=tasks)
 
 
+def _size(view: JobView) -> int:
+    """About how many bytes the parts of a job take that can be large."""
+    size = len(view.job.payload)
+    for outcome in (view.last_outcome, *(attempt.outcome for attempt in view.attempts)):
+        match outcome:
+            case Success(result=data) | Failure(data=data):
+                size += len(data)
+    return size
+
+
 def _status_text(error: SiloError) -> str:
     """A status as a text, in the form in which the results of an import have always shown one."""
     code = "".join(word.capitalize() for word in STATUS[error.kind].name.split("_"))
@@ -383,6 +400,7 @@ def _status_text(error: SiloError) -> str:
 
 def _unsupported(method: str) -> Callable[..., Awaitable[Any]]:
     async def refuse(self: SiloServicer, request: Any, context: Any) -> Any:
+        del request  # See `_taken_in`.
         await context.abort(
             grpc.StatusCode.UNIMPLEMENTED, f"{method} is not supported by this server version yet"
         )
@@ -390,7 +408,7 @@ def _unsupported(method: str) -> Callable[..., Awaitable[Any]]:
     return refuse
 
 
-for _method in _SERVICE.methods:
+for _method in SERVICE.methods:
     if _method.name not in vars(SiloServicer):
         setattr(SiloServicer, _method.name, _unsupported(_method.name))
 
@@ -402,101 +420,7 @@ def _wait_ms(context: Any) -> int:
     return _WAIT_MS
 
 
-def silo_handlers(node: Node, tokens: Tokens | None = None) -> grpc.GenericRpcHandler:
-    """All methods of `silo.v1.Silo`, by their paths; for callers with one of `tokens`, if there are any."""
-    if tokens is None:
-        return _handlers(node, EVERYTHING)
-    return _Guarded(tokens, {access: _handlers(node, access) for access in tokens.accesses})
-
-
-class _Guarded(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc is untyped.
-    """Looks at the token before the request is read, and chooses the handlers of its access."""
-
-    def __init__(self, tokens: Tokens, handlers: Mapping[Access, grpc.GenericRpcHandler]) -> None:
-        self._tokens = tokens
-        self._handlers = handlers
-        self._methods = next(iter(handlers.values()))
-
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        if self._methods.service(details) is None:
-            return None  # Not ours: health checks, reflection.
-        try:
-            access = self._tokens.access(details.invocation_metadata)
-        except Unauthenticated as refusal:
-            return _refusing(refusal)
-        return self._handlers[access].service(details)
-
-
-def _refusing(refusal: SiloError) -> grpc.RpcMethodHandler:
-    async def refuse(requests: Any, context: Any) -> None:
-        await context.abort(STATUS[refusal.kind], refusal.message)
-
-    # As a stream, whatever the method is: then nothing of the request is read.
-    return grpc.stream_stream_rpc_method_handler(refuse)
-
-
-def _handlers(node: Node, access: Access) -> grpc.GenericRpcHandler:
-    """The handlers of one access.
-
-    The generated registration answers UNKNOWN, which says nothing, to bytes that
-    are no message; here they are a wrong request like any other.
-    """
-    servicer = SiloServicer(node, access)
-    methods = {}
-    for method in _SERVICE.methods:
-        answers = (
-            grpc.unary_stream_rpc_method_handler
-            if method.server_streaming
-            else grpc.unary_unary_rpc_method_handler
-        )
-        methods[method.name] = answers(
-            _readable(_allowed(getattr(servicer, method.name), method.name, access)),
-            request_deserializer=_reader(getattr(pb, method.input_type.name)),
-            response_serializer=getattr(pb, method.output_type.name).SerializeToString,
-        )
-    return grpc.method_handlers_generic_handler(_SERVICE.full_name, methods)
-
-
-class _Unreadable:
-    """Stands for a request that does not decode."""
-
-
-def _reader(message: type[Message]) -> Callable[[bytes], Message | _Unreadable]:
-    def read(data: bytes) -> Message | _Unreadable:
-        try:
-            return message.FromString(data)
-        except DecodeError:
-            return _Unreadable()
-
-    return read
-
-
-def _readable(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    async def answer(request: Any, context: Any) -> Any:
-        if isinstance(request, _Unreadable):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request does not decode")
-        return await handler(request, context)
-
-    return answer
-
-
-def _allowed(
-    handler: Callable[..., Awaitable[Any]], method: str, access: Access
-) -> Callable[..., Awaitable[Any]]:
-    if access.is_admin:
-        return handler
-
-    async def answer(request: Any, context: Any) -> Any:
-        try:
-            access.check_call(method, request)
-        except SiloError as refusal:
-            await context.abort(STATUS[refusal.kind], _shortened(refusal.message))
-        return await handler(request, context)
-
-    return answer
-
-
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     """`text` without its middle if it is too long: what clients match on stands at either end."""
     if len(quote(text)) <= _TEXT_BYTES_MAX:  # Signs beyond ASCII travel as three bytes for each of theirs.
         return text

@@ -13,7 +13,7 @@ from silo.config import Config, ServerConfig
 from silo.errors import SiloError
 from silo.node.node import Node
 from silo.rpc.auth import Tokens, tokens_from
-from silo.rpc.handlers import silo_handlers
+from silo.rpc.intake import silo_handlers
 from silo.rpc.tls import server_credentials
 from silo.wire.pb.silo.v1 import silo_pb2
 

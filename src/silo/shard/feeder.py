@@ -5,6 +5,7 @@ cancels only its own wait.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from silo.errors import StoreCorrupt
@@ -32,7 +33,17 @@ _PAGE_TENANTS = 256
 class Feeder:
     """Moves rows from one shard's store into the queues of its task groups in memory."""
 
-    def __init__(self, state: ShardState, reader: Reader, reads: Reads, loader: Loader) -> None:
+    def __init__(
+        self,
+        state: ShardState,
+        reader: Reader,
+        reads: Reads,
+        loader: Loader,
+        *,
+        free_tickets: Callable[[JobState], Awaitable[None]],
+    ) -> None:
+        """`free_tickets` takes the tickets from a job that can never run."""
+        self._free_tickets = free_tickets
         self._floors = state.floors
         self._counters = state.counters
         self._jobs = state.jobs
@@ -104,8 +115,11 @@ class Feeder:
             if job is not None:
                 self._jobs.put(job)
             else:
-                # Work that cannot run must not hold up the work behind it. Its rows stay as they are.
+                # Work that cannot run must hold up nobody: neither who is behind it, nor who wants its
+                # tickets. Its rows stay as they are otherwise.
                 queue.remove(queue_row(state), state.tenant)
+                if state.held:
+                    await self._free_tickets(state)
 
     async def _find_tenants(self, queue: TaskGroupQueue) -> None:
         """Advance the cursor over at most a page of tenants that have rows."""

@@ -24,6 +24,7 @@ from silo.model.limit import FLOATING_LINE, Bucket, BucketRecord, FloatingLimit,
 from silo.shard.agenda import Agenda
 from silo.shard.committer import Rows
 from silo.shard.floors import Floors
+from silo.shard.turns import Turns
 from silo.shard.window import RowTally, Window
 from silo.storage import codec, keys
 from silo.storage.batch import line_prefix, line_row
@@ -92,9 +93,10 @@ class BucketLine:
 class Limits:
     """What decisions look at (`LimitsView`) and changes move. Pure: it never touches the store."""
 
-    def __init__(self, floors: Floors, alarms: Agenda[bytes], tally: RowTally) -> None:
+    def __init__(self, floors: Floors, alarms: Agenda[bytes], turns: Turns, tally: RowTally) -> None:
         self._floors = floors
         self._alarms = alarms
+        self._turns = turns
         self._tally = tally
         self._queues: dict[QueueName, Queue] = {}
         self._floating: dict[QueueName, FloatingState | None] = {}  # None: no such limit is stored.
@@ -136,6 +138,9 @@ class Limits:
     def is_next(self, tenant: str, name: str, unique_key: str, *, rank: Rank) -> bool:
         line = self._buckets[tenant, name, unique_key].line
         return line.is_empty or (line.head is not None and line.head.rank >= rank)
+
+    def asking_turn(self, tenant: str, *, now_ms: int) -> int:
+        return self._turns.next(tenant, now_ms=now_ms)
 
     # What services look at
 
@@ -249,13 +254,15 @@ class Limits:
         if held_before is not held_after:
             subject = after or before
             assert subject is not None
-            was_held = {holder.key for holder in held_before}
-            is_held = {holder.key for holder in held_after}
-            for key in was_held - is_held:
-                self._count(subject.tenant, key, -1)
-                self.freed[subject.tenant, key] = None
-            for key in is_held - was_held:
-                self._count(subject.tenant, key, 1)
+            was_held = {holder.key: None for holder in held_before}
+            is_held = {holder.key: None for holder in held_after}
+            for key in was_held:
+                if key not in is_held:
+                    self._count(subject.tenant, key, -1)
+                    self.freed[subject.tenant, key] = None
+            for key in is_held:
+                if key not in was_held:
+                    self._count(subject.tenant, key, 1)
 
     def _count(self, tenant: str, key: str, tickets: int) -> None:
         queue = self._queues[tenant, key]
@@ -279,7 +286,8 @@ class Limits:
         name = (after.tenant, after.key)
         before = self._floating.get(name)
         self._floating[name] = after
-        if before is not None and after.max_concurrency > before.max_concurrency:
+        has_grown = before is None or after.max_concurrency > before.max_concurrency
+        if has_grown and name in self._queues:  # A refresh is leased with nothing of its queue in memory.
             self.freed[name] = None
 
     def _enter(self, state: JobState, rows: Rows) -> None:

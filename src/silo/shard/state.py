@@ -20,6 +20,7 @@ from silo.shard.dispatch import TaskGroupQueue
 from silo.shard.floors import Floors
 from silo.shard.limits import Limits
 from silo.shard.listeners import Listeners
+from silo.shard.turns import Turns
 from silo.shard.views import Counters, JobCache, Leases
 from silo.shard.window import RowTally
 from silo.storage import keys
@@ -56,7 +57,8 @@ class ShardState:
         self.expiries: Agenda[tuple[str, str]] = Agenda(keys.EXPIRIES, floors, self.tally)
         self.asking: Agenda[JobState] = Agenda(keys.ASKING, floors, self.tally)
         self.was_asked = asyncio.Event()  # Set when `asking` has a new row.
-        self.limits = Limits(floors, self.alarms, self.tally)
+        self.turns = Turns(self.asking)
+        self.limits = Limits(floors, self.alarms, self.turns, self.tally)
         self.listeners = Listeners(self._has_work)
         self.open_bytes = 0  # Of new jobs in the open group.
 
@@ -164,7 +166,8 @@ class ShardState:
             case Delayed(due_ms=due_ms) | Checking(due_ms=due_ms) | Throttled(due_ms=int(due_ms)):
                 self.timers.put(timer_row(after), after, rows)
                 self.wake_at(due_ms)
-            case Asking():
+            case Asking(turn=turn):
+                self.turns.take(after.tenant, turn)
                 self.asking.put(asking_row(after), after, rows)
                 self.was_asked.set()
             case _:

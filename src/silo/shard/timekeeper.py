@@ -212,7 +212,10 @@ class Timekeeper:
             deleted += 1
             try:
                 state, job = await self._load_job(*name)
-            except (JobNotFound, StoreCorrupt) as error:
+            except JobNotFound:
+                expiries.drop(key)  # It was deleted meanwhile.
+                continue
+            except StoreCorrupt as error:
                 log.error("job not deleted at its time", tenant=name[0], job_id=name[1], reason=str(error))
                 expiries.drop(key)
                 continue

@@ -36,6 +36,10 @@ class Leases:
     def get(self, task_id: str) -> Task | None:
         return self._states.get(task_id)
 
+    def tasks(self) -> list[Task]:
+        """All that is leased."""
+        return list(self._states.values())
+
     def expiry_ms(self, task_id: str) -> int:
         return self._expiries[task_id]
 

@@ -136,7 +136,7 @@ def timer_row(state: JobState) -> bytes:
 
 def asking_row(state: JobState) -> bytes:
     assert isinstance(state.pending, Asking), "nobody is asked for this job"
-    return keys.asking_key(state.pending.since_ms, state.tenant, state.job_id)
+    return keys.asking_key(state.pending.turn, state.tenant, state.job_id)
 
 
 def line_prefix(state: JobState) -> bytes:

@@ -123,8 +123,8 @@ def _by_time(family: bytes, at_ms: int, tenant: str, job_id: str) -> bytes:
     return family + _time(at_ms) + _text(tenant) + _text(job_id)
 
 
-def asking_key(since_ms: int, tenant: str, job_id: str) -> bytes:
-    return _by_time(ASKING, since_ms, tenant, job_id)
+def asking_key(turn: int, tenant: str, job_id: str) -> bytes:
+    return _by_time(ASKING, turn, tenant, job_id)
 
 
 def expiry_key(at_ms: int, tenant: str, job_id: str) -> bytes:

@@ -8,17 +8,24 @@ at a time.
 
 import asyncio
 import sys
+import tempfile
 import threading
 import time
-import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import CodeType, FrameType, FunctionType, ModuleType
-from typing import Any  # Coroutines of several makes: their attributes are looked for.
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any  # Coroutines of several makes, and memray, which is not for every platform.
 
-from silo.errors import Overloaded
+from silo.errors import ErrorKind, Overloaded, SiloError
 from silo.telemetry import pprof
+
+memray: Any
+try:
+    import memray
+except ImportError:
+    memray = None
 
 DURATION_DEFAULT_S = 30
 DURATION_MAX_S = 300
@@ -27,9 +34,6 @@ FREQUENCY_MAX_HZ = 1000
 TASKS_MAX = 2000  # In one dump; the rest is counted.
 _FRAMES_MAX = 128
 _STACKS_MAX = 5000  # Different ones in a profile; what comes after counts as `_OTHER`.
-_ALLOCATION_FRAMES = 4  # Each allocation walks them: our code is 4 times slower with 1, 9 with 4, 25 with 12.
-_ALLOCATION_RECORDS_BYTES_MAX = 16 << 20  # About 300 000 of them: copying stops the process for some 0.1 s.
-_ALLOCATION_CHECK_S = 0.05
 
 _OTHER = pprof.Frame("(other stacks)", "", 0)
 _NATIVE = pprof.Frame("(threads without Python)", "", 0)
@@ -43,6 +47,12 @@ _Stack = tuple[tuple[CodeType, int], ...]
 
 class ProfileRunning(Overloaded):
     """Another profile is being taken; try again when it is done."""
+
+
+class HeapProfilingMissing(SiloError):
+    """This installation cannot do it. The text says what is missing."""
+
+    kind = ErrorKind.CONFLICT
 
 
 @dataclass(frozen=True)
@@ -75,14 +85,17 @@ async def cpu_profile(*, duration_s: int = 0, frequency_hz: int = 0) -> Profile:
 
 
 async def heap_profile(*, duration_s: int = 0) -> Profile:
-    """What is allocated by Python from now on and still there at the end, by stack.
+    """What is allocated from now on and still there at the end, by stack.
 
-    Allocating is several times slower meanwhile, and stacks are short: the innermost frames.
-    Ends early when there is more to record than is good for the process: its duration
-    says so. A caller that goes away ends it.
+    Allocating is slower meanwhile. Memory of threads without Python, such as the store's, is summed up.
+    A caller that goes away ends it.
+
+    Python's own tracemalloc is not for us: before Python 3.12.9 its end crashes a process that has threads
+    which allocate while they wait for the interpreter, as the store's do.
 
     Raises:
         ProfileRunning: one is being taken already.
+        HeapProfilingMissing: memray is not installed.
     """
     seconds = clamped(duration_s, DURATION_DEFAULT_S, DURATION_MAX_S)
     return await _in_own_thread(lambda stop: _trace_heap(seconds, stop))
@@ -219,89 +232,51 @@ def _cpu_ns(native_id: int) -> int | None:
 
 
 def _trace_heap(seconds: int, stop: threading.Event) -> Profile:
-    is_ours = not tracemalloc.is_tracing()
-    if is_ours:
-        tracemalloc.start(_ALLOCATION_FRAMES)
-    try:
-        records_bytes = tracemalloc.get_tracemalloc_memory()
-        began_ns = time.monotonic_ns()
-        end_ns = began_ns + seconds * 1_000_000_000
-        while (left_ns := end_ns - time.monotonic_ns()) > 0 and not stop.wait(
-            min(left_ns / 1e9, _ALLOCATION_CHECK_S)
-        ):
-            if tracemalloc.get_tracemalloc_memory() - records_bytes > _ALLOCATION_RECORDS_BYTES_MAX:
-                break
-        duration_ns = time.monotonic_ns() - began_ns
-        snapshot = None if stop.is_set() else tracemalloc.take_snapshot()
-    finally:
-        if is_ours:
-            tracemalloc.stop()
-    if snapshot is None:
-        return Profile(b"", 0, 0)  # Nobody waits for it any more.
-    found = snapshot.statistics("traceback")  # Largest first.
-    functions = _functions({frame.filename for each in found for frame in each.traceback})
-    samples = [
-        pprof.Sample(
-            [
-                pprof.Frame(
-                    functions.get((frame.filename, frame.lineno), "(unknown)"), frame.filename, frame.lineno
-                )
-                for frame in reversed(each.traceback)
-            ],
-            [each.count, each.size],
+    if memray is None:
+        raise HeapProfilingMissing(
+            "heap profiling is not enabled in the allocator: "
+            "install silo-queue[profiling] and start the server anew"
         )
-        for each in found[:_STACKS_MAX]
-    ]
-    if rest := found[_STACKS_MAX:]:
-        values = [sum(each.count for each in rest), sum(each.size for each in rest)]
-        samples.append(pprof.Sample([_OTHER], values))
+    with tempfile.TemporaryDirectory(prefix="silo-heap-") as folder:
+        path = Path(folder) / "allocations"
+        began_ns = time.monotonic_ns()
+        with memray.Tracker(
+            destination=memray.FileDestination(path, overwrite=True),
+            file_format=memray.FileFormat.AGGREGATED_ALLOCATIONS,
+        ):
+            stop.wait(seconds)
+        duration_ns = time.monotonic_ns() - began_ns
+        if stop.is_set():
+            return Profile(b"", 0, 0)  # Nobody waits for it any more.
+        with memray.FileReader(path) as reader:
+            samples = _heap_samples(reader.get_leaked_allocation_records(merge_threads=True))
     data = pprof.encoded(
         samples,
         types=[pprof.ValueType("inuse_objects", "count"), pprof.ValueType("inuse_space", "bytes")],
         duration_ns=duration_ns,
-        comment="Silo heap profile: allocated by Python since its start and still in use",
+        comment="Silo heap profile: allocated since its start and still in use",
     )
     return Profile(data, max(1, round(duration_ns / 1e9)), len(samples))
 
 
-def _functions(files: set[str]) -> dict[tuple[str, int], str]:
-    """Names of functions by file and line: an allocation is recorded without them."""
-    names: dict[tuple[str, int], str] = {}
-    classes: set[type] = set()
-
-    def add(code: CodeType) -> None:
-        for constant in code.co_consts:  # Inner functions first: their lines lie within the outer one's.
-            if isinstance(constant, CodeType):
-                add(constant)
-        for _, _, line in code.co_lines():
-            if line:
-                names.setdefault((code.co_filename, line), code.co_qualname)
-
-    for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType) and vars(module).get("__file__") in files:
-            for function in _functions_in(module, module.__name__, classes):
-                add(function.__code__)
-    return names
-
-
-def _functions_in(owner: ModuleType | type, module: str, seen: set[type]) -> Iterator[FunctionType]:
-    for value in list(vars(owner).values()):
-        match value:
-            case FunctionType():
-                yield from _unwrapped(value)
-            case staticmethod() | classmethod():
-                yield from _unwrapped(value.__func__)
-            case property():
-                yield from _unwrapped(value.fget)
-            case type() if value.__module__ == module and value not in seen:
-                seen.add(value)  # Classes may refer to one another.
-                yield from _functions_in(value, module, seen)
-
-
-def _unwrapped(value: object) -> Iterator[FunctionType]:
-    while isinstance(value, FunctionType):
-        yield value
-        value = vars(value).get("__wrapped__")
+def _heap_samples(records: Iterable[Any]) -> list[pprof.Sample]:
+    """The largest first; what has no Python stack was allocated by the store's or gRPC's own threads."""
+    found: dict[tuple[tuple[str, str, int], ...], list[int]] = {}
+    for record in records:
+        values = found.setdefault(tuple(record.stack_trace(_FRAMES_MAX)), [0, 0])
+        values[0] += record.n_allocations
+        values[1] += record.size
+    largest = sorted(found.items(), key=lambda each: each[1][1], reverse=True)
+    samples = [
+        pprof.Sample(
+            [pprof.Frame(function, file, line) for function, file, line in stack] or [_NATIVE], values
+        )
+        for stack, values in largest[:_STACKS_MAX]
+    ]
+    if rest := largest[_STACKS_MAX:]:
+        totals = [sum(values[0] for _, values in rest), sum(values[1] for _, values in rest)]
+        samples.append(pprof.Sample([_OTHER], totals))
+    return samples
 
 
 # Tasks

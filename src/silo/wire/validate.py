@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from uuid import UUID
 
-from silo.errors import InvalidRequest, StateForbids
+from silo.errors import InvalidRequest, StateForbids, TenantNotInRange
 from silo.model.job import DEFAULT_TENANT, PRIORITY_MAX
 from silo.model.limit import CalendarWindow, Limit, RateBehavior, RateLimit
 from silo.model.shards import HashRange, hash_tenant
@@ -69,12 +69,10 @@ def tenant_in_range(tenant: str, *, shard: str, hash_range: HashRange) -> None:
     """A shard takes only tenants of its range.
 
     Raises:
-        StateForbids: the caller's shard map is out of date.
+        TenantNotInRange: the caller's shard map is out of date.
     """
     if not hash_range.contains(hash_tenant(tenant)):
-        raise StateForbids(
-            f"tenant '{tenant}' is not within shard {shard} range {hash_range}; refresh topology and retry"
-        )
+        raise TenantNotInRange(tenant, shard=shard, hash_range=hash_range)
 
 
 def priority(value: int) -> None:

@@ -18,6 +18,7 @@ from silo.client.errors import (
 from silo.client.messages import Outcome, report_to_pb
 from silo.client.outcome import Cancelled, Failure, Success
 from silo.client.types import Heartbeat, LeasedTask
+from silo.errors import LEASE_NOT_FOUND, LEASE_OWNER_MISMATCH
 from silo.wire.payload import decode
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
 from silo.worker.context import CancellationSignal, Task, TaskContext
@@ -162,8 +163,8 @@ class HeldJobTask(HeldTask, Generic[P, M, R]):
         if self.is_settled:
             return  # The usual race with the report.
         is_lost = (
-            isinstance(error, TaskNotFoundError) and "lease not found" in (error.grpc_message or "")
-        ) or (isinstance(error, SiloFailedPreconditionError) and "lease owner mismatch" in error.grpc_message)
+            isinstance(error, TaskNotFoundError) and LEASE_NOT_FOUND in (error.grpc_message or "")
+        ) or (isinstance(error, SiloFailedPreconditionError) and LEASE_OWNER_MISMATCH in error.grpc_message)
         if not is_lost:
             self._report_error(error, self.id)
         elif not self.is_lost:

@@ -19,7 +19,7 @@ _GRANTS = 2_000
 
 
 async def limits(jobs: int | None) -> dict[str, object]:
-    """Lifecycles a second with limits; memory, and time of a grant, with very many queues or a very long one."""
+    """Lifecycles a second with limits; memory, and time of a grant, with many queues or a long one."""
     count = jobs or 40_000
     many = 1_000_000 if jobs is None else 10 * jobs
     figures: dict[str, object] = {}

@@ -20,6 +20,7 @@ from silo.model.limit import (
     RateRetryPolicy,
 )
 from silo.model.shards import HashRange
+from silo.shard.limiter import RateLimiter
 from silo.shard.shard import Shard, ShardOptions
 from silo.storage.memory import MemoryStorage
 
@@ -139,6 +140,7 @@ async def reopened(
     rng: Random | None = None,
     name: str = SHARD,
     options: ShardOptions | None = None,
+    limiter: RateLimiter | None = None,
 ) -> Shard:
     """The shard, opened from what `storage` holds."""
     return await Shard.open(
@@ -148,6 +150,7 @@ async def reopened(
         clock=clock,
         rng=rng or Random(7),
         options=options,
+        limiter=limiter,
     )
 
 

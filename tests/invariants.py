@@ -10,11 +10,12 @@ import msgspec
 
 from silo.engine import rate
 from silo.engine.limit_chain import RATE_LIMIT_EXCEEDED
+from silo.engine.outcomes import WORKER_CRASHED
 from silo.model.attempt import Attempt, AttemptStatus, Failure
 from silo.model.counts import QueueCounts, ShardTotals, TenantCounts
 from silo.model.floating import FloatingState, RefreshDue
-from silo.model.job import MOVES, Job, JobState, JobStatus, Ready, Throttled, Waiting
-from silo.model.limit import FLOATING_LINE, BucketRecord, RateLimit
+from silo.model.job import MOVES, Delayed, Job, JobState, JobStatus, Ready, Throttled, Waiting
+from silo.model.limit import FLOATING_LINE, BucketRecord, FloatingLimit, RateLimit
 from silo.storage import codec, keys
 from silo.storage.batch import derived_keys, queue_row, refresh_row
 
@@ -179,6 +180,8 @@ def _check_limits(rows: Rows, jobs: Mapping[Name, Stored], *, now_ms: int | None
     for (tenant, _), stored in jobs.items():
         state = stored.state
         _check_tickets(state, were_dropped=were_dropped)
+        if now_ms is not None and state.pending is not None and not isinstance(state.pending, Delayed):
+            assert (state.next_start_ms or 0) <= now_ms, f"{state.job_id} is looked at before its time"  # 39
         for holder in state.held:
             queues.setdefault((tenant, holder.key), _Queue()).holders += 1
         if isinstance(state.pending, Waiting):
@@ -319,6 +322,12 @@ def check_step(before: Mapping[Name, Stored], after: Mapping[Name, Stored]) -> N
             assert old.state.status.is_terminal, f"{name} vanished while it was {old.state.status.label}"
             continue
         assert new.attempts[: len(old.attempts)] == old.attempts, "history was rewritten"
+        for attempt in new.attempts[len(old.attempts) :]:
+            if isinstance(attempt.outcome, Failure) and attempt.outcome.code == WORKER_CRASHED:
+                lease = old.state.lease
+                was_flagged = old.state.cancelled_at_ms is not None
+                is_same = lease is not None and lease.task_id == attempt.task_id
+                assert not (was_flagged and is_same), f"{name} was cancelled before its lease ran out"
         _check_move(old.state, new.state)
 
 
@@ -341,3 +350,61 @@ def _reachable(status: JobStatus) -> set[JobStatus]:
                 found.add(after)
                 todo.append(after)
     return found
+
+
+def check_grants(
+    before: Mapping[Name, Stored], after: Mapping[Name, Stored], rows: Rows, *, were_dropped: bool = False
+) -> None:
+    """Between two snapshots no queue took on more than its newest allow, and nobody overtook (11, 42)."""
+    for queue in {(name[0], holder.key) for name, job in after.items() for holder in job.state.held}:
+        holders = [job.state for job in after.values() if _holds(job.state, queue)]
+        earlier = {name for name, job in before.items() if _holds(job.state, queue)}
+        new = [state for state in holders if (state.tenant, state.job_id) not in earlier]
+        if new and not were_dropped:
+            assert len(holders) <= max(_capacity(state, queue, rows) for state in new), queue
+        for state in new:
+            _check_not_overtaken(state, queue, rows, before, after)
+
+
+def _check_not_overtaken(
+    state: JobState,
+    queue: Name,
+    rows: Rows,
+    before: Mapping[Name, Stored],
+    after: Mapping[Name, Stored],
+) -> None:
+    """Nobody was ahead of `state` in the queue, could have had its ticket, and waits where it waited."""
+    old = before.get((state.tenant, state.job_id))
+    waited = old is not None and isinstance(old.state.pending, Waiting) and old.state.pending.key == queue[1]
+    if old is not None and waited:
+        rank = old.state.rank
+    elif state.status is JobStatus.SCHEDULED:
+        rank = state.rank
+    else:
+        return  # It is running already: when it was due is not known any more.
+    for name, job in after.items():
+        pending = job.state.pending
+        if name[0] != queue[0] or not isinstance(pending, Waiting) or pending.key != queue[1]:
+            continue
+        if name in before and before[name].state.pending == pending and job.state.rank < rank:
+            is_eligible = _line_capacity(pending.line, queue, rows) >= _capacity(state, queue, rows)
+            assert not is_eligible, (job.state.job_id, "was overtaken by", state.job_id)
+
+
+def _line_capacity(line: int, queue: Name, rows: Rows) -> int:
+    if line != FLOATING_LINE:
+        return line
+    return codec.decode(FloatingState, rows[keys.floating_key(*queue)]).max_concurrency
+
+
+def _holds(state: JobState, queue: Name) -> bool:
+    return state.tenant == queue[0] and any(holder.key == queue[1] for holder in state.held)
+
+
+def _capacity(state: JobState, queue: Name, rows: Rows) -> int:
+    limit = next(
+        limit for limit in state.limits if not isinstance(limit, RateLimit) and limit.key == queue[1]
+    )
+    if isinstance(limit, FloatingLimit):
+        return codec.decode(FloatingState, rows[keys.floating_key(*queue)]).max_concurrency
+    return limit.max_concurrency

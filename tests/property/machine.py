@@ -1,7 +1,8 @@
 """What state machines about one shard share: the shard on a memory store, virtual time, and tiny memory."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
 from random import Random
 from types import ModuleType
 from typing import Any, TypeVar
@@ -10,7 +11,8 @@ import pytest
 from hypothesis.stateful import RuleBasedStateMachine
 
 from silo.clock import VirtualClock
-from silo.shard import agenda, dispatch, feeder, limits, reader, state, timekeeper, views
+from silo.engine import limit_chain
+from silo.shard import agenda, dispatch, feeder, limits, reader, state, steps, timekeeper, views
 from silo.shard import shard as shard_module
 from silo.shard.shard import Shard, ShardOptions
 from silo.storage import keys
@@ -33,10 +35,22 @@ TINY: dict[ModuleType, dict[str, int]] = {
     timekeeper: {"_TICK_TASKS": 3, "_TICK_ALARMS": 2},
     state: {"ROWS_MAX": 8},
     limits: {"RECORDS_MAX": 2, "_WINDOW_MIN": 1, "_WINDOW_MAX": 2, "_ROWS_MAX": 4},
+    steps: {"STEP_JOBS_MAX": 1},
+    limit_chain: {"MOVES_MAX": 1},
     shard_module: {"_SCAN_ROWS": 2, "_DROP_ROWS": 2},
     views: {"TENANT_COUNTS_MAX": 2, "JOB_CACHE_BYTES_MAX": 1},
 }
 """Room for almost nothing in memory, so that nearly all is read again and again."""
+
+
+@contextmanager
+def tiny_memory() -> Iterator[None]:
+    """Shards that are opened in the block have next to no memory."""
+    with pytest.MonkeyPatch.context() as patches:
+        for module, bounds in TINY.items():
+            for name, value in bounds.items():
+                patches.setattr(module, name, value)
+        yield
 
 
 class ShardMachine(RuleBasedStateMachine):
@@ -46,11 +60,9 @@ class ShardMachine(RuleBasedStateMachine):
     is_tiny = False
 
     def open(self, seed: int) -> None:
-        self.patches = pytest.MonkeyPatch()
+        self.bounds = ExitStack()
         if self.is_tiny:
-            for module, bounds in TINY.items():
-                for name, value in bounds.items():
-                    self.patches.setattr(module, name, value)
+            self.bounds.enter_context(tiny_memory())
         self.loop = asyncio.new_event_loop()
         self.clock = VirtualClock()
         self.storage = MemoryStorage()
@@ -61,7 +73,7 @@ class ShardMachine(RuleBasedStateMachine):
         if hasattr(self, "shard"):
             self.run(self.shard.close())
             self.loop.close()
-            self.patches.undo()
+            self.bounds.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(asyncio.wait_for(work, 20))

@@ -509,5 +509,6 @@ _SETTINGS = settings(
 )
 EngineMachine.TestCase.settings = _SETTINGS
 TinyMemoryMachine.TestCase.settings = _SETTINGS
-TestEngine = EngineMachine.TestCase
+_SHOWN = pytest.mark.spec("SM-1", "SM-7", "ATT-1", "ENT-24", "ENT-29", "ENT-30", "LSE-2", "LEA-18")
+TestEngine = _SHOWN(EngineMachine.TestCase)
 TestEngineInTinyMemory = TinyMemoryMachine.TestCase

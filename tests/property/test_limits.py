@@ -13,11 +13,10 @@ from hypothesis.stateful import initialize, invariant, precondition, rule
 from silo.errors import JobNotFound, LeaseNotFound, SiloError, StateForbids
 from silo.model.attempt import Cancelled, Failure, Outcome, PastAttempt, Success
 from silo.model.floating import FloatingState, RefreshFailed, RefreshSucceeded
-from silo.model.job import LEASE_MS, ImportedJob, JobState, RetryPolicy, Waiting
-from silo.model.limit import FloatingLimit, Limit, RateAlgorithm, RateBehavior, RateLimit
-from silo.storage import codec, keys
+from silo.model.job import LEASE_MS, ImportedJob, JobState, RetryPolicy
+from silo.model.limit import Limit, RateAlgorithm, RateBehavior, RateLimit
 from tests.builders import SHARD, a_job, a_policy, a_rate, at_most, floating
-from tests.invariants import Name, Stored, check_snapshot, check_step
+from tests.invariants import Name, Stored, check_grants, check_snapshot, check_step
 from tests.property.machine import ShardMachine
 
 tenants = st.sampled_from(["-", "a"])
@@ -193,36 +192,13 @@ class LimitsMachine(ShardMachine):
         if not hasattr(self, "jobs"):
             return
         self.run(self.shard.tick())
+        self.run(self.shard.durable())  # The shard's own tick may have done it all, and not written it yet.
         now_ms = self.clock.now_ms()
         rows = self.storage.snapshot(SHARD)
         after = check_snapshot(rows, now_ms=now_ms, were_dropped=self.were_dropped)
         check_step(self.jobs, after)
-        self.check_grants(self.jobs, after, rows)
+        check_grants(self.jobs, after, rows, were_dropped=self.were_dropped)
         self.jobs = after
-
-    def check_grants(
-        self, before: dict[Name, Stored], after: dict[Name, Stored], rows: dict[bytes, bytes]
-    ) -> None:
-        """No queue took on more than someone in it allows, and nobody overtook (11, 42)."""
-        for queue in {(name[0], holder.key) for name, job in after.items() for holder in job.state.held}:
-            holders = [job.state for name, job in after.items() if _holds(name, job.state, queue)]
-            earlier = {name for name, job in before.items() if _holds(name, job.state, queue)}
-            new = [state for state in holders if (state.tenant, state.job_id) not in earlier]
-            if new and not self.were_dropped:
-                assert len(holders) <= max(_capacity(state, queue, rows) for state in new)
-            for state in new:
-                old = before.get((state.tenant, state.job_id))
-                if (
-                    old is None
-                    or not isinstance(old.state.pending, Waiting)
-                    or old.state.pending.key != queue[1]
-                ):
-                    continue
-                for name, job in after.items():
-                    if job.state.pending == old.state.pending and name[0] == queue[0] and name in before:
-                        was = before[name].state.pending
-                        if was == job.state.pending:
-                            assert job.state.rank > old.state.rank, (job.state.job_id, "was overtaken")
 
     def teardown(self) -> None:
         try:
@@ -262,17 +238,6 @@ def _past(started_at_ms: int, finished_at_ms: int, outcome: Outcome | None) -> P
     return PastAttempt(
         started_at_ms=started_at_ms, finished_at_ms=finished_at_ms, outcome=outcome or Cancelled()
     )
-
-
-def _holds(name: Name, state: JobState, queue: tuple[str, str]) -> bool:
-    return name[0] == queue[0] and any(holder.key == queue[1] for holder in state.held)
-
-
-def _capacity(state: JobState, queue: tuple[str, str], rows: dict[bytes, bytes]) -> int:
-    limit = next(x for x in state.limits if not isinstance(x, RateLimit) and x.key == queue[1])
-    if isinstance(limit, FloatingLimit):
-        return codec.decode(FloatingState, rows[keys.floating_key(*queue)]).max_concurrency
-    return limit.max_concurrency
 
 
 def _is_impossible(state: JobState) -> bool:

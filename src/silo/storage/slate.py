@@ -4,10 +4,10 @@ import asyncio
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any  # The binding is untyped: its objects are Any throughout this module.
+from typing import Any, TypeVar  # The binding is untyped: its objects are Any throughout this module.
 
 from slatedb import uniffi as slatedb
 
@@ -20,9 +20,12 @@ from silo.storage.slate_compaction import Compactions
 from silo.storage.slate_settings import built, effective_settings
 from silo.storage.store import Batch, Row
 
+T = TypeVar("T")
+
 _BLOCK_CACHE_BYTES = 64 << 20
 _SWEEP_S = 5.0
 _SCAN_BATCH = 1000
+_CLOCK_TRIES_MAX = 5
 _LOG_FILES_MAX = 1024  # Groups between two table flushes: what opening replays, a round trip each.
 
 
@@ -175,71 +178,36 @@ class SlateStore:
             self._sweep = asyncio.get_running_loop().create_task(self._run_sweep(), name="sync tables")
 
     async def get(self, key: bytes) -> bytes | None:
-        self._check_open()
-        try:
-            return await _get(self._database, key)
-        except slatedb.Error as error:
-            raise self._translated(error) from error
+        return await self._call(lambda: _get(self._database, key))
 
     async def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        self._check_open()
-        try:
-            return await _get_many(self._database, keys)
-        except slatedb.Error as error:
-            raise self._translated(error) from error
+        return await self._call(lambda: _get_many(self._database, keys))
 
     async def scan(self, start: bytes, end: bytes, *, limit: int) -> list[Row]:
         self._check_open()
         if start >= end:
             return []  # The binding takes this for an error.
-        span = slatedb.KeyRange(start=start, start_inclusive=True, end=end, end_inclusive=False)
-        rows: list[Row] = []
-        try:
-            iterator = await self._database.scan(span)
-            while len(rows) < limit:
-                wanted = min(_SCAN_BATCH, limit - len(rows))
-                batch = await _next_batch(iterator, wanted)
-                rows.extend(batch)
-                if len(batch) < wanted:
-                    break
-        except slatedb.Error as error:
-            raise self._translated(error) from error
-        return rows
+        return await self._call(lambda: _scan(self._database, start, end, limit))
 
     async def write(self, batch: Batch) -> None:
         self._check_open()
         if not batch:
             return
-        try:
-            await self._database.write(_write_batch(batch))
-            if self._durability is Durability.FLUSHED:
-                await self._flush(slatedb.FlushType.WAL)
-                self._bound_log()
-        except slatedb.Error as error:
-            raise self._translated(error) from error
+        await self._call(lambda: self._database.write(_write_batch(batch)))
+        if self._durability is Durability.FLUSHED:
+            await self._call(lambda: self._flush(slatedb.FlushType.WAL))
+            self._bound_log()
 
     async def flush(self) -> None:
-        self._check_open()
-        try:
-            await self._flush(slatedb.FlushType.MEM_TABLE)
-        except slatedb.Error as error:
-            raise self._translated(error) from error
+        await self._call(lambda: self._flush(slatedb.FlushType.MEM_TABLE))
         if self._local is not None and self._durability is Durability.FLUSHED:
             await self._local.sweep()
 
     async def compact(self) -> None:
-        self._check_open()
-        try:
-            await self._compactions.merge()
-        except slatedb.Error as error:
-            raise self._translated(error) from error
+        await self._call(self._compactions.merge)
 
     async def storage_info(self) -> StorageInfo:
-        self._check_open()
-        try:
-            return await self._compactions.info()
-        except slatedb.Error as error:
-            raise self._translated(error) from error
+        return await self._call(self._compactions.info)
 
     async def close(self) -> None:
         if self._is_closed:
@@ -294,6 +262,17 @@ class SlateStore:
             except slatedb.Error:
                 continue  # A manifest could not be read: its logs stay until a sweep that can.
 
+    async def _call(self, operation: Callable[[], Awaitable[T]]) -> T:
+        """Run an operation of the binding that may be run twice, and answer with a store's errors."""
+        self._check_open()
+        for tries_left in reversed(range(_CLOCK_TRIES_MAX)):
+            try:
+                return await operation()
+            except slatedb.Error as error:
+                if not (tries_left and _is_clock_race(error)):
+                    raise self._translated(error) from error
+        raise AssertionError("the last try returns or raises")
+
     def _check_open(self) -> None:
         if self._is_closed:
             raise StoreUnavailable("the store is closed")
@@ -319,6 +298,19 @@ async def _get_many(database: Any, keys: Sequence[bytes]) -> list[bytes | None]:
     return [await database.get(key) for key in keys]
 
 
+async def _scan(database: Any, start: bytes, end: bytes, limit: int) -> list[Row]:
+    span = slatedb.KeyRange(start=start, start_inclusive=True, end=end, end_inclusive=False)
+    rows: list[Row] = []
+    iterator = await database.scan(span)
+    while len(rows) < limit:
+        wanted = min(_SCAN_BATCH, limit - len(rows))
+        batch = await _next_batch(iterator, wanted)
+        rows.extend(batch)
+        if len(batch) < wanted:
+            break
+    return rows
+
+
 async def _next_batch(iterator: Any, count: int) -> list[Row]:
     if slate_ffi.AVAILABLE:
         return await slate_ffi.next_batch(iterator, count)
@@ -340,6 +332,15 @@ def _write_batch(rows: Batch) -> Any:
 
 def _is_closed_error(error: Exception) -> bool:
     return isinstance(error, slatedb.Error.Closed)
+
+
+def _is_clock_race(error: Exception) -> bool:
+    """Whether the call did nothing because the clock seemed to go back.
+
+    Threads of the store may read the clock in one order and note it in the other. SlateDB waits and
+    looks once more, and on a busy machine that meets the same race.
+    """
+    return isinstance(error, slatedb.Error.Invalid) and "clock tick" in error.message
 
 
 def _translated(error: Any) -> StoreError:

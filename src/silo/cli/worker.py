@@ -119,8 +119,7 @@ async def _run(
         }
         for option in (name for name, value in given.items() if value):
             raise BadTarget(f"{target} is a SiloWorker, which brings its own settings; leave out {option}")
-        _announce(found, target)
-        await found.run()
+        await found.run(on_ready=lambda: _announce(found, target))
         return
     if not inspect.iscoroutinefunction(found):
         kind = type(found).__name__
@@ -136,8 +135,7 @@ async def _run(
             tenant=tenant,
             max_concurrent_tasks=concurrency or DEFAULT_CONCURRENCY,
         )
-        _announce(worker, target)
-        await worker.run()
+        await worker.run(on_ready=lambda: _announce(worker, target))
 
 
 def _announce(worker: SiloWorker[Any, Any, Any], target: str) -> None:

@@ -247,10 +247,11 @@ class SiloWorker(Generic[P, M, R]):
     ) -> None:
         await self.stop()
 
-    async def run(self, *, stop_timeout: float = 30.0) -> None:
+    async def run(self, *, stop_timeout: float = 30.0, on_ready: Callable[[], None] | None = None) -> None:
         """Work until SIGINT or SIGTERM, then drain. A second signal cancels the handlers that still run.
 
-        Being cancelled counts as the second signal. Only for the main thread of a process.
+        `on_ready` is called once signals are caught. Being cancelled counts as the second signal.
+        Only for the main thread of a process.
         """
         self.start()
         loop = asyncio.get_running_loop()
@@ -262,6 +263,8 @@ class SiloWorker(Generic[P, M, R]):
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, on_signal)
+            if on_ready is not None:
+                on_ready()
             await first.wait()
             stopping = loop.create_task(self.stop(stop_timeout))
             impatient = loop.create_task(second.wait())

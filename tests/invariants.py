@@ -15,7 +15,7 @@ from silo.model.attempt import Attempt, AttemptStatus, Failure
 from silo.model.counts import QueueCounts, ShardTotals, TenantCounts
 from silo.model.floating import FloatingState, RefreshDue
 from silo.model.job import MOVES, Delayed, Job, JobState, JobStatus, Ready, Throttled, Waiting
-from silo.model.limit import FLOATING_LINE, BucketRecord, FloatingLimit, RateLimit
+from silo.model.limit import FLOATING_LINE, BucketRecord, FloatingLimit, Holder, RateLimit
 from silo.storage import codec, keys
 from silo.storage.batch import derived_keys, queue_row, refresh_row
 
@@ -357,9 +357,9 @@ def check_grants(
 ) -> None:
     """Between two snapshots no queue took on more than its newest allow, and nobody overtook (11, 42)."""
     for queue in {(name[0], holder.key) for name, job in after.items() for holder in job.state.held}:
-        holders = [job.state for job in after.values() if _holds(job.state, queue)]
-        earlier = {name for name, job in before.items() if _holds(job.state, queue)}
-        new = [state for state in holders if (state.tenant, state.job_id) not in earlier]
+        holders = _tickets(after, queue)
+        earlier = _tickets(before, queue)
+        new = [after[name].state for name, ticket in holders.items() if earlier.get(name) != ticket]
         if new and not were_dropped:
             assert len(holders) <= max(_capacity(state, queue, rows) for state in new), queue
         for state in new:
@@ -397,8 +397,14 @@ def _line_capacity(line: int, queue: Name, rows: Rows) -> int:
     return codec.decode(FloatingState, rows[keys.floating_key(*queue)]).max_concurrency
 
 
-def _holds(state: JobState, queue: Name) -> bool:
-    return state.tenant == queue[0] and any(holder.key == queue[1] for holder in state.held)
+def _tickets(jobs: Mapping[Name, Stored], queue: Name) -> dict[Name, tuple[Holder, int]]:
+    """The queue's tickets by job, each with how many attempts had ended, since a retry takes a new one."""
+    return {
+        name: (holder, job.state.attempts_ended)
+        for name, job in jobs.items()
+        for holder in job.state.held
+        if (name[0], holder.key) == queue
+    }
 
 
 def _capacity(state: JobState, queue: Name, rows: Rows) -> int:

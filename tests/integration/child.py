@@ -67,8 +67,14 @@ async def silo(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     before: Callable[[], None] | None = None,
+    metrics_addr: str | None = "127.0.0.1:0",
 ) -> AsyncIterator[Child]:
-    """`silo ARGUMENTS` while the block runs; home and data directories lie in `folder`."""
+    """`silo ARGUMENTS` while the block runs; home and data directories lie in `folder`.
+
+    Servers get a port of their own for metrics, or `metrics_addr`; with None they choose.
+    """
+    if arguments[0] == "server" and "--help" not in arguments and metrics_addr is not None:
+        arguments = (*arguments, "--metrics-addr", metrics_addr)
     known = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "SILO_"))}
     home = {"HOME": str(folder / "home"), "COLUMNS": "200", "NO_COLOR": "1"}
     name = f"{next(_numbers)}"
@@ -88,10 +94,14 @@ async def silo(
 
 
 async def failure(
-    folder: Path, *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    folder: Path,
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    metrics_addr: str | None = "127.0.0.1:0",
 ) -> str:
     """The one line that a command prints when it refuses to start. It prints nothing else."""
-    async with silo(folder, *arguments, env=env, cwd=cwd) as child:
+    async with silo(folder, *arguments, env=env, cwd=cwd, metrics_addr=metrics_addr) as child:
         code = await child.ended()
         assert (code, child.out) == (1, "")
         [line] = child.err.splitlines()

@@ -28,6 +28,7 @@ class Status:
     code: grpc.StatusCode
     text: str = ""
     owner: str | None = None  # Goes into the trailing metadata, as a redirect.
+    node: str | None = None  # As the name of the owner.
 
 
 Answer = Any  # A message, a Status, or an async function from the request to one of them.
@@ -170,8 +171,9 @@ class FakeSilo:
         finally:
             self.in_flight -= 1
         if isinstance(answer, Status):
-            trailing = (("x-silo-shard-owner-addr", answer.owner),) if answer.owner is not None else ()
-            await context.abort(answer.code, answer.text, trailing)
+            trailing = {"x-silo-shard-owner-addr": answer.owner, "x-silo-shard-owner-node": answer.node}
+            sent = tuple((key, value) for key, value in trailing.items() if value is not None)
+            await context.abort(answer.code, answer.text, sent)
         return answer
 
 

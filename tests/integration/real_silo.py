@@ -9,14 +9,16 @@ from silo.clock import SystemClock
 from silo.model.shards import ShardInfo, initial_ranges
 from silo.node.hosting import host_shards
 from silo.node.layout import LAYOUT_VERSION, Layout
-from silo.rpc.server import listen
+from silo.rpc.server import OPEN, Security, listen
 from silo.shard.shard import ShardOptions
 from silo.storage.memory import MemoryStorage
 
 
 @asynccontextmanager
-async def real_silo(addr: str = "127.0.0.1:0", *, shards: int = 1) -> AsyncIterator[str]:
-    """A server that runs while the block runs; its address."""
+async def real_silo(
+    addr: str = "127.0.0.1:0", *, shards: int = 1, security: Security = OPEN, advertised: str | None = None
+) -> AsyncIterator[str]:
+    """A server that runs while the block runs; its address, which it tells others unless told what to."""
     rng = Random(7)
     layout = Layout(
         version=LAYOUT_VERSION,
@@ -37,7 +39,7 @@ async def real_silo(addr: str = "127.0.0.1:0", *, shards: int = 1) -> AsyncItera
             rng=rng,
             options=ShardOptions(),
         ) as node,
-        listen(addr, node) as address,
+        listen(addr, node, security=security) as address,
     ):
-        node.advertised_addr = address
+        node.advertised_addr = advertised or address
         yield address

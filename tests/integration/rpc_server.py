@@ -13,7 +13,9 @@ from silo.clock import VirtualClock
 from silo.model.shards import ShardInfo, initial_ranges
 from silo.node.hosting import HostedNode, host_shards
 from silo.node.layout import LAYOUT_VERSION, Layout
+from silo.node.memory import Memory
 from silo.rpc.server import MESSAGE_BYTES_MAX, OPEN, Security, listen
+from silo.shard.limiter import RateLimiter
 from silo.shard.shard import ShardOptions
 from silo.storage.memory import MemoryStorage
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
@@ -122,6 +124,8 @@ async def rpc_server(
     dev_mode: bool = False,
     security: Security = OPEN,
     options: ShardOptions | None = None,
+    limiter: RateLimiter | None = None,
+    memory: Memory | None = None,
 ) -> AsyncIterator[RpcServer]:
     """A server with one client connection; both are closed at the end."""
     infos = tuple(
@@ -139,6 +143,8 @@ async def rpc_server(
             clock=clock,
             rng=Random(7),
             options=options or ShardOptions(),
+            limiter=limiter,
+            memory=memory,
         ) as node,
         listen("127.0.0.1:0", node, security=security) as address,
         grpc.aio.insecure_channel(address, options=_CHANNEL) as channel,

@@ -66,6 +66,7 @@ def heartbeat(server: RpcServer, task: pb.Task, *, token: str) -> Awaitable[Any]
     return server.stub.Heartbeat(request, metadata=bearer(token))
 
 
+@pytest.mark.spec("W-CC-6")
 @pytest.mark.parametrize("method", [method.name for method in SILO.methods])
 async def test_every_method_asks_for_a_token_before_it_looks_at_anything(method: str) -> None:
     async with rpc_server(security=SECURITY) as server:
@@ -76,9 +77,20 @@ async def test_every_method_asks_for_a_token_before_it_looks_at_anything(method:
         assert await answer == (UNAUTHENTICATED, "missing authorization header")
 
 
+@pytest.mark.spec("W-CC-4", "W-CC-5")
 @pytest.mark.parametrize(
     "value",
-    ["", "Bearer", f"bearer {ADMIN}", f"Bearer  {ADMIN}", f"Bearer {ADMIN}x", f"Basic {ADMIN}", ADMIN],
+    [
+        "",
+        "Bearer",
+        f"bearer {ADMIN}",
+        f"Bearer  {ADMIN}",
+        f"Bearer {ADMIN}x",
+        f"Bearer {ADMIN} x",
+        f"Bearer {ADMIN} ",
+        f"Basic {ADMIN}",
+        ADMIN,
+    ],
 )
 async def test_a_wrong_header_is_refused(value: str) -> None:
     async with rpc_server(security=SECURITY) as server:
@@ -86,6 +98,7 @@ async def test_a_wrong_header_is_refused(value: str) -> None:
         assert await refusal(call) == (UNAUTHENTICATED, "invalid auth token")
 
 
+@pytest.mark.spec("W-CC-6")
 async def test_without_tokens_any_header_is_ignored() -> None:
     async with rpc_server() as server:
         info = await server.stub.GetClusterInfo(pb.GetClusterInfoRequest(), metadata=bearer("whatever"))
@@ -106,8 +119,11 @@ async def test_a_large_request_without_a_token_is_refused_like_a_small_one() -> 
         assert await refusal(call) == (UNAUTHENTICATED, "missing authorization header")
 
 
+@pytest.mark.spec("W-CC-3", "W-CC-7")
 async def test_health_and_reflection_need_no_token() -> None:
     async with rpc_server(security=SECURITY) as server:
+        refused = await refusal(server.stub.GetClusterInfo(pb.GetClusterInfoRequest()))
+        assert refused == (UNAUTHENTICATED, "missing authorization header")
         health = health_pb2_grpc.HealthStub(server.channel)
         for name in ("", "silo.v1.Silo"):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
@@ -122,6 +138,7 @@ async def test_health_and_reflection_need_no_token() -> None:
         assert "silo.v1.Silo" in [service.name for service in answer.list_services_response.service]
 
 
+@pytest.mark.spec("W-CC-6")
 async def test_a_producer_and_a_worker_do_their_work_with_narrow_tokens() -> None:
     async with rpc_server(security=SECURITY, tenancy=True) as server:
         await enqueue(server, "j", token=ADA)

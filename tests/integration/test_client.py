@@ -1,6 +1,7 @@
 """The client finds shards, follows them, repeats what was not answered, and says what went wrong."""
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -324,11 +325,49 @@ async def test_no_answer_after_all_tries_has_a_class_of_its_own(code: Code, erro
         assert len(server.calls("GetJob")) == 3
 
 
+@pytest.mark.spec("W-ERR-20")
 async def test_an_exhausted_server_is_asked_again_by_the_channel() -> None:
     async with fake_silo() as server, a_client(server) as client:
         server.answer("GetJob", Status(Code.RESOURCE_EXHAUSTED, "busy"), pb.GetJobResponse(id="j"))
         assert (await client.get_job("j")).id == "j"
         assert len(server.calls("GetJob")) == 2
+
+
+@pytest.mark.spec("W-ERR-20")
+async def test_a_server_that_stays_exhausted_is_asked_five_times_and_told_so() -> None:
+    async with fake_silo() as server, a_client(server) as client:
+        server.always("GetJob", Status(Code.RESOURCE_EXHAUSTED, "busy"))
+        with pytest.raises(silo.SiloResourceExhaustedError, match=r"^busy$"):
+            await client.get_job("j")
+        sent = [metadata.get("grpc-previous-rpc-attempts") for metadata in server.metadata("GetJob")]
+        assert sent == [None, "1", "2", "3", "4"]
+        assert len(server.calls("GetClusterInfo")) == 1
+
+
+@pytest.mark.spec("W-ERR-7", "W-ERR-16")
+async def test_a_stale_range_is_told_to_the_caller_at_once() -> None:
+    """The routing client of other tools refreshes and tries again; this one leaves that to its caller."""
+    async with fake_silo() as server, a_client(server) as client:
+        text = f"tenant 't' is not within shard {SHARD} range [-∞, 8); refresh topology and retry"
+        server.always("Enqueue", Status(Code.FAILED_PRECONDITION, text))
+        with pytest.raises(SiloFailedPreconditionError) as raised:
+            await enqueue(client, tenant="t")
+        assert raised.value.grpc_message == text
+        assert (len(server.calls("Enqueue")), len(server.calls("GetClusterInfo"))) == (1, 1)
+
+
+@pytest.mark.spec("W-ERR-11", "W-ERR-12")
+async def test_not_found_is_about_the_task_or_the_job_of_the_call_whatever_its_text() -> None:
+    async with fake_silo() as server, a_client(server) as client:
+        for method in ("Heartbeat", "GetJob"):
+            server.always(method, not_found("nothing like that"))
+        with pytest.raises(TaskNotFoundError) as task:
+            await client.heartbeat("w", "t", SHARD)
+        assert (task.value.task_id, task.value.grpc_message) == ("t", "nothing like that")
+        with pytest.raises(JobNotFoundError) as job:
+            await client.get_job("j")
+        assert job.value.job_id == "j"
+        assert len(server.received) == 3, "the topology and one try each"
 
 
 @pytest.mark.parametrize(
@@ -373,10 +412,12 @@ async def test_an_unknown_lease_names_the_task(call: Callable[[SiloGRPCClient], 
         assert not raised.value.after_retry
 
 
+@pytest.mark.spec("W-ERR-13", "W-ERR-14")
 @pytest.mark.parametrize(
     "status",
     [
         Status(Code.ALREADY_EXISTS, "job already exists with id j"),
+        Status(Code.ALREADY_EXISTS, "taken"),
         Status(Code.INTERNAL, "x: job already exists with id j"),
     ],
 )
@@ -389,7 +430,9 @@ async def test_a_taken_id_is_recognised_in_both_forms(status: Status) -> None:
         assert not raised.value.after_retry
 
 
+@pytest.mark.spec("W-ERR-6")
 async def test_a_job_that_goes_on_is_no_result_and_says_its_status() -> None:
+    """The reference takes every FAILED_PRECONDITION for a job that goes on."""
     async with fake_silo() as server, a_client(server) as client:
         server.answer(
             "GetJobResult",
@@ -593,6 +636,7 @@ async def test_the_topology_is_refreshed_in_the_background_whatever_happens() ->
 # Redirects and repetitions
 
 
+@pytest.mark.spec("W-CC-9", "W-ERR-1", "W-ERR-2")
 async def test_a_redirect_is_followed_without_asking_for_the_topology() -> None:
     async with fake_silo() as old, fake_silo() as new, a_client(old) as client:
         old.always("Enqueue", wrong_shard(owner=new.address))
@@ -603,6 +647,7 @@ async def test_a_redirect_is_followed_without_asking_for_the_topology() -> None:
         assert client.wrong_shard_retries == 1
 
 
+@pytest.mark.spec("W-ERR-2")
 async def test_a_chain_of_redirects_is_followed() -> None:
     async with fake_silo() as a, fake_silo() as b, fake_silo() as c, a_client(a) as client:
         a.always("Enqueue", wrong_shard(owner=b.address))
@@ -611,6 +656,7 @@ async def test_a_chain_of_redirects_is_followed() -> None:
         assert len(c.calls("Enqueue")) == 1
 
 
+@pytest.mark.spec("W-ERR-1")
 @pytest.mark.parametrize("owner", [None, ""])
 async def test_a_wrong_shard_without_a_redirect_asks_for_the_topology(owner: str | None) -> None:
     async with fake_silo() as old, fake_silo() as new, a_client(old) as client:
@@ -622,6 +668,20 @@ async def test_a_wrong_shard_without_a_redirect_asks_for_the_topology(owner: str
         assert len(new.calls("Enqueue")) == 1
 
 
+@pytest.mark.spec("W-ERR-3")
+@pytest.mark.parametrize("owner", [True, False])
+async def test_the_name_of_the_owner_changes_nothing(owner: bool) -> None:
+    async with fake_silo() as old, fake_silo() as new, a_client(old) as client:
+        await client.refresh_topology()
+        old.shards = [(SHARD, "", "", new.address)]
+        refused = wrong_shard(owner=new.address if owner else None)
+        old.always("Enqueue", dataclasses.replace(refused, node="node-2"))
+        await enqueue(client)
+        assert len(old.calls("GetClusterInfo")) == (1 if owner else 2)
+        assert (len(old.calls("Enqueue")), len(new.calls("Enqueue"))) == (1, 1)
+
+
+@pytest.mark.spec("W-CC-92")
 async def test_after_a_split_the_repetition_names_the_new_shard() -> None:
     async with fake_silo() as server, a_client(server) as client:
         await client.refresh_topology()
@@ -639,6 +699,7 @@ async def test_a_worker_call_finds_the_owner_before_any_topology() -> None:
         assert any_server.calls("GetClusterInfo") == []
 
 
+@pytest.mark.spec("W-ERR-21")
 async def test_a_worker_call_to_a_vanished_shard_fails_in_the_end() -> None:
     async with fake_silo() as server, a_client(server, shard_routing=routing(max_retries=2)) as client:
         server.always("Heartbeat", wrong_shard())
@@ -648,6 +709,43 @@ async def test_a_worker_call_to_a_vanished_shard_fails_in_the_end() -> None:
         assert client.wrong_shard_retries == 2
 
 
+@pytest.mark.spec("W-ERR-21")
+async def test_a_job_in_a_vanished_shard_is_not_found_in_the_end() -> None:
+    async with fake_silo() as server, a_client(server, shard_routing=routing(max_retries=2)) as client:
+        for method in ("GetJob", "LeaseTasks"):
+            server.always(method, wrong_shard())
+        with pytest.raises(JobNotFoundError):
+            await client.get_job("j")
+        assert len(server.calls("GetJob")) == 3
+        with pytest.raises(silo.SiloNotFoundError, match="shard not found"):
+            await client.lease_tasks(worker_id="w", max_tasks=1, task_group=GROUP, shard=SHARD)
+        assert len(server.calls("LeaseTasks")) == 3
+
+
+@pytest.mark.spec("W-ERR-8", "W-ERR-9", "W-ERR-10")
+@pytest.mark.parametrize(
+    "status",
+    [unavailable(), Status(Code.DEADLINE_EXCEEDED, "slow"), Status(Code.INTERNAL, "Received RST_STREAM")],
+    ids=lambda status: status.code.name,
+)
+async def test_between_tries_the_topology_is_asked_for_and_the_waits_double(
+    status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fake_silo() as server, a_client(server, shard_routing=routing(retry_delay_ms=250)) as client:
+        waits: list[float] = []
+
+        async def pause(call: Any, seconds: float) -> None:
+            waits.append(seconds)
+
+        monkeypatch.setattr(client, "_pause", pause)
+        server.always("GetJob", status)
+        with pytest.raises(SiloGrpcError, match=status.text):
+            await client.get_job("j")
+        assert waits == [0.25, 0.5, 1, 2, 4, 5, 5, 5]
+        assert (len(server.calls("GetJob")), len(server.calls("GetClusterInfo"))) == (9, 9)
+
+
+@pytest.mark.spec("W-ERR-8", "W-ERR-9", "W-ERR-10")
 @pytest.mark.parametrize(
     "status",
     [
@@ -1009,6 +1107,7 @@ _GOES_ON = Status(Code.FAILED_PRECONDITION, "job is not complete: status is Runn
 _DONE = pb.GetJobResultResponse(status="JOB_STATUS_SUCCEEDED", success_data=value("done"))
 
 
+@pytest.mark.spec("W-ERR-6")
 async def test_a_result_is_waited_for() -> None:
     async with fake_silo() as server, a_client(server) as client:
         server.answer("GetJobResult", _GOES_ON, _GOES_ON, _DONE)

@@ -3,7 +3,9 @@
 import asyncio
 import random
 from pathlib import Path
+from typing import Any  # grpc is untyped.
 
+import grpc
 import pytest
 
 from silo import Failure, RetryPolicy, SiloClientError, SiloGRPCClient, SiloWorker, Success
@@ -11,6 +13,8 @@ from silo.cli.server_process import ServerProcess
 from silo.node.layout import LAYOUT_STORE
 from silo.storage.slate import SlateStorage
 from silo.wire.payload import decode
+from silo.wire.pb.silo.v1 import silo_pb2 as pb
+from silo.wire.pb.silo.v1 import silo_pb2_grpc
 from silo.worker.context import TaskContext
 from tests.invariants import check_snapshot
 
@@ -133,3 +137,31 @@ async def _check_shards(folder: Path, acknowledged: dict[str, int]) -> None:
 
 def _shard_names(folder: Path) -> list[str]:
     return [path.name for path in sorted(folder.iterdir()) if path.is_dir() and path.name != LAYOUT_STORE]
+
+
+async def test_heap_profiles_of_a_busy_server_leave_it_alive(tmp_path: Path) -> None:
+    """The end of tracemalloc kills a process whose store allocates in threads of its own; ours is another."""
+    server = ServerProcess(tmp_path)
+    await server.start()
+    try:
+        async with SiloGRPCClient(servers=[server.address]) as client, asyncio.TaskGroup() as group:
+            channel = grpc.aio.insecure_channel(server.address)
+            stub = silo_pb2_grpc.SiloStub(channel)
+            profiling = group.create_task(_profile(stub, rounds=4))
+            for _ in range(8):
+                group.create_task(_enqueue_until(client, profiling))
+        await channel.close()
+        assert server.exit_code is None
+    finally:
+        await server.stop()
+
+
+async def _profile(stub: Any, *, rounds: int) -> None:
+    for _ in range(rounds):
+        answer = await stub.HeapProfile(pb.HeapProfileRequest(duration_seconds=1))
+        assert answer.profile_data
+
+
+async def _enqueue_until(client: SiloGRPCClient, done: "asyncio.Task[None]") -> None:
+    while not done.done():
+        await client.enqueue(payload="x", task_group="g")

@@ -64,6 +64,7 @@ async def test_no_jobs_have_no_results() -> None:
         assert await take(server) == []
 
 
+@pytest.mark.spec("IMP-1", "W-CC-85", "W-CC-86")
 async def test_good_and_bad_jobs_have_their_results_in_the_order_of_the_call() -> None:
     async with rpc_server() as server:
         results = await take(
@@ -151,6 +152,7 @@ def refused_jobs(*, tenancy: bool) -> list[tuple[dict[str, Any], str, str]]:
     ]
 
 
+@pytest.mark.spec("IMP-2")
 @pytest.mark.parametrize("tenancy", [False, True])
 async def test_a_wrong_job_says_what_is_wrong_first_and_changes_nothing(tenancy: bool) -> None:
     rules = refused_jobs(tenancy=tenancy)
@@ -176,6 +178,7 @@ async def test_with_tenancy_off_a_job_for_the_wrong_shard_is_refused_too() -> No
         assert right == taken("j", SCHEDULED)
 
 
+@pytest.mark.spec("ENQ-4", "W-CC-35")
 async def test_a_long_task_group_is_no_fault_of_an_import() -> None:
     async with rpc_server() as server:
         assert await take(server, an_import("j", task_group="g" * 65)) == [taken("j", SCHEDULED)]
@@ -192,6 +195,7 @@ async def test_a_payload_that_no_answer_could_carry_is_refused(monkeypatch: pyte
 # The whole call
 
 
+@pytest.mark.spec("IMP-3", "W-CC-87")
 async def test_a_running_job_refuses_the_whole_call() -> None:
     async with rpc_server() as server:
         await server.enqueue("busy")
@@ -205,6 +209,7 @@ async def test_a_running_job_refuses_the_whole_call() -> None:
         assert server.rows() == before
 
 
+@pytest.mark.spec("IMP-3")
 async def test_what_was_imported_for_earlier_tenants_stays_when_a_job_of_a_later_one_runs() -> None:
     async with rpc_server(shards=2, tenancy=True) as server:
         await server.enqueue("busy", shard=RIGHT, tenant=IN_RIGHT)
@@ -349,9 +354,10 @@ async def test_an_imported_job_goes_on_where_it_stopped() -> None:
         assert (await server.job("j")).status == SUCCEEDED
 
 
+@pytest.mark.spec("IMP-9", "IMP-12", "IMP-17", "W-CC-89")
 async def test_more_history_of_a_job_is_taken_when_it_repeats_what_is_here() -> None:
     async with rpc_server() as server:
-        await take(server, an_import("j", BROKEN, priority=3))
+        await take(server, an_import("j", BROKEN, priority=3, limits=[LIMIT]))
         [refused] = await take(server, an_import("j", BROKEN))
         assert refused.error == (
             "cannot reimport job: cannot reimport job j: "
@@ -368,8 +374,10 @@ async def test_more_history_of_a_job_is_taken_when_it_repeats_what_is_here() -> 
             "cannot reimport job: cannot reimport job j: "
             "reimport has 0 attempts but job has 1 existing attempts (status: Failed)"
         )
-        assert await take(server, an_import("j", BROKEN, DONE, priority=9)) == [taken("j", SUCCEEDED)]
-        assert (await server.job("j")).priority == 3
+        again = an_import("j", BROKEN, DONE, priority=9, payload=packed(b"\xa3new"))
+        assert await take(server, again) == [taken("j", SUCCEEDED)]
+        job = await server.job("j")
+        assert (job.priority, job.payload.msgpack, list(job.limits)) == (3, b"\xa1p", [LIMIT])
 
 
 async def test_an_import_is_counted_by_the_node() -> None:

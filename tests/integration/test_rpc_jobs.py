@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from typing import Any  # Messages of grpc are untyped.
 
 import grpc
@@ -9,8 +10,12 @@ import msgpack
 import msgspec
 import pytest
 
+from silo.storage.memory import Fault
+from silo.wire.payload import decode
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
 from tests.builders import a_job, until
+from tests.integration.child import stub_of
+from tests.integration.real_silo import real_silo
 from tests.integration.rpc_server import (
     AT_ONCE,
     GROUP,
@@ -25,6 +30,9 @@ FORBIDDEN = grpc.StatusCode.FAILED_PRECONDITION
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
 LONG = (("silo-wait-ms", "30000"),)
 BROKEN = pb.Failure(code="BROKEN", data=packed(b"\xa3why"))
+# Tenants, each in another one of eight or three shards.
+IN_EACH_EIGHTH = [f"tenant-{number}" for number in (10, 3, 0, 14, 6, 4, 15, 1)]
+IN_EACH_THIRD = ("customer-123", "test-tenant", "test-tenant-1")
 ONE_RETRY = pb.RetryPolicy(
     retry_count=1, initial_interval_ms=1000, max_interval_ms=60_000, backoff_factor=2.0
 )
@@ -54,6 +62,7 @@ async def pass_time(server: RpcServer, duration_ms: int, ready: int = 1) -> list
 # Enqueue, lease, report
 
 
+@pytest.mark.spec("RD-1", "W-CC-36")
 async def test_a_job_is_described_as_it_was_enqueued() -> None:
     async with rpc_server() as server:
         policy = pb.RetryPolicy(
@@ -82,6 +91,7 @@ async def test_a_job_is_described_as_it_was_enqueued() -> None:
         )
 
 
+@pytest.mark.spec("ENQ-5", "W-CC-43")
 async def test_a_job_without_payload_has_an_empty_one() -> None:
     async with rpc_server() as server:
         await server.enqueue("j", payload=None)
@@ -98,6 +108,7 @@ async def test_a_job_without_id_gets_one() -> None:
         assert (await server.job(first)).id == first
 
 
+@pytest.mark.spec("ENQ-10", "LSE-2", "W-CC-37")
 @pytest.mark.parametrize("offset_ms", [5_000, 2**40])
 async def test_a_delayed_job_is_due_at_its_start(offset_ms: int) -> None:
     async with rpc_server() as server:
@@ -110,6 +121,7 @@ async def test_a_delayed_job_is_due_at_its_start(offset_ms: int) -> None:
         assert task.job_id == "j"
 
 
+@pytest.mark.spec("ENQ-10", "W-CC-38")
 async def test_a_negative_start_means_now_and_is_kept_as_sent() -> None:
     async with rpc_server() as server:
         await server.enqueue("j", start_at_ms=-5)
@@ -118,6 +130,7 @@ async def test_a_negative_start_means_now_and_is_kept_as_sent() -> None:
         assert (await server.lease_one()).job_id == "j"
 
 
+@pytest.mark.spec("LSE-15", "W-CC-64")
 async def test_a_task_says_all_that_a_worker_needs() -> None:
     async with rpc_server(tenancy=True) as server:
         await server.enqueue(
@@ -141,6 +154,7 @@ async def test_a_task_says_all_that_a_worker_needs() -> None:
         assert task.id not in ("", "j")
 
 
+@pytest.mark.spec("LSE-15", "W-CC-64")
 async def test_a_task_of_the_default_tenant_names_none() -> None:
     async with rpc_server() as server:
         await server.enqueue("j")
@@ -149,6 +163,7 @@ async def test_a_task_of_the_default_tenant_names_none() -> None:
         assert task.is_last_attempt
 
 
+@pytest.mark.spec("LSE-12", "LSE-14")
 async def test_a_leased_job_is_running_and_handed_out_once() -> None:
     async with rpc_server() as server:
         await server.enqueue("j")
@@ -168,6 +183,7 @@ async def test_a_leased_job_is_running_and_handed_out_once() -> None:
         ]
 
 
+@pytest.mark.spec("RD-1", "W-CC-44")
 async def test_a_success_ends_the_job_with_its_result() -> None:
     async with rpc_server() as server:
         await server.enqueue("j")
@@ -191,6 +207,7 @@ async def test_a_success_ends_the_job_with_its_result() -> None:
         ]
 
 
+@pytest.mark.spec("RD-1", "W-CC-44")
 async def test_attempts_are_shown_only_on_request_and_the_result_always() -> None:
     async with rpc_server() as server:
         await a_finished_job(server, "success")
@@ -227,6 +244,7 @@ async def test_a_failure_with_retries_left_is_scheduled_again_after_its_wait() -
         assert second.id != first.id
 
 
+@pytest.mark.spec("W-CC-44")
 async def test_the_last_failure_ends_the_job_and_keeps_every_attempt() -> None:
     async with rpc_server() as server:
         await server.enqueue("j", retry_policy=ONE_RETRY)
@@ -250,6 +268,7 @@ async def test_a_reported_cancellation_ends_the_job_without_retry() -> None:
         assert not job.attempts[0].HasField("error_code")
 
 
+@pytest.mark.spec("LEA-19", "W-CC-66")
 async def test_a_second_report_changes_nothing() -> None:
     async with rpc_server() as server:
         await server.enqueue("j")
@@ -259,6 +278,7 @@ async def test_a_second_report_changes_nothing() -> None:
         assert (await server.job("j")).status == pb.JOB_STATUS_SUCCEEDED
 
 
+@pytest.mark.spec("W-CC-71")
 async def test_a_lost_worker_costs_one_attempt_and_no_job() -> None:
     async with rpc_server() as server:
         await server.enqueue("j", retry_policy=pb.RetryPolicy(retry_count=1))
@@ -276,6 +296,7 @@ async def test_a_lost_worker_costs_one_attempt_and_no_job() -> None:
 # Results
 
 
+@pytest.mark.spec("RD-2")
 @pytest.mark.parametrize(
     ("outcome", "status", "field"),
     [
@@ -300,6 +321,7 @@ async def test_the_result_of_an_ended_job(outcome: str, status: Any, field: dict
         )
 
 
+@pytest.mark.spec("RD-2", "W-ERR-6")
 async def test_a_job_that_has_not_ended_has_no_result_yet() -> None:
     async with rpc_server() as server:
         await server.enqueue("j")
@@ -308,6 +330,7 @@ async def test_a_job_that_has_not_ended_has_no_result_yet() -> None:
         assert await refusal(server.result("j")) == (FORBIDDEN, "job is not complete: status is Running")
 
 
+@pytest.mark.spec("W-CC-47")
 async def test_the_result_of_a_job_that_never_ran_says_when_it_was_cancelled() -> None:
     async with rpc_server() as server:
         await server.enqueue("j")
@@ -322,7 +345,9 @@ async def test_the_result_of_a_job_that_never_ran_says_when_it_was_cancelled() -
         )
 
 
+@pytest.mark.spec("W-CC-46")
 async def test_a_job_cancelled_between_retries_ends_as_cancelled_in_every_view() -> None:
+    """The reference shows the result of the last attempt, which failed."""
     async with rpc_server() as server:
         await server.enqueue("j", retry_policy=ONE_RETRY)
         await server.report(await server.lease_one(), failure=BROKEN)
@@ -343,17 +368,21 @@ async def test_failure_without_data_has_empty_error_data() -> None:
 # Cancel
 
 
+@pytest.mark.spec("W-CC-45")
 async def test_a_waiting_job_is_cancelled_at_once() -> None:
     async with rpc_server() as server:
         await server.enqueue("j")
+        start_at_ms = server.clock.now_ms()
+        server.clock.advance_ms(10)
         await server.cancel("j")
         job = await server.job("j")
         assert job.status == pb.JOB_STATUS_CANCELLED
-        assert job.next_attempt_starts_after_ms == server.clock.now_ms()
+        assert job.next_attempt_starts_after_ms == start_at_ms
         assert await server.lease() == []
         assert await refusal(server.cancel("j")) == (FORBIDDEN, "job is already cancelled")
 
 
+@pytest.mark.spec("LEA-2", "CAN-3", "CAN-5", "W-CC-50")
 async def test_the_worker_of_a_cancelled_job_learns_it_from_its_heartbeat() -> None:
     async with rpc_server() as server:
         await server.enqueue("j")
@@ -371,6 +400,7 @@ async def test_the_worker_of_a_cancelled_job_learns_it_from_its_heartbeat() -> N
         )
 
 
+@pytest.mark.spec("W-CC-67", "W-CC-68")
 @pytest.mark.parametrize(
     ("outcome", "status"),
     [
@@ -380,14 +410,18 @@ async def test_the_worker_of_a_cancelled_job_learns_it_from_its_heartbeat() -> N
     ],
 )
 async def test_how_a_job_that_was_cancelled_while_running_ends(outcome: str, status: Any) -> None:
+    """After a failure the reference retries it, and cancels the retry through its first heartbeat."""
     async with rpc_server() as server:
         await server.enqueue("j", retry_policy=ONE_RETRY)
         task = await server.lease_one()
         await server.cancel("j")
         await server.report(task, **{outcome: FINISHED[outcome]})
         assert (await server.job("j")).status == status
+        server.clock.advance_ms(60_000)
+        assert await server.lease() == []
 
 
+@pytest.mark.spec("W-CC-51", "W-ERR-15")
 @pytest.mark.parametrize("outcome", ["success", "failure"])
 async def test_a_job_that_has_ended_cannot_be_cancelled(outcome: str) -> None:
     async with rpc_server() as server:
@@ -395,6 +429,7 @@ async def test_a_job_that_has_ended_cannot_be_cancelled(outcome: str) -> None:
         assert await refusal(server.cancel("j")) == (FORBIDDEN, "job is already in terminal state")
 
 
+@pytest.mark.spec("W-CC-52")
 async def test_a_cancellation_that_only_the_worker_reported_can_be_recorded_once() -> None:
     async with rpc_server() as server:
         await a_finished_job(server, "cancelled")
@@ -414,6 +449,7 @@ async def test_heartbeats_keep_a_lease_beyond_its_time() -> None:
         assert (await server.job("j")).status == pb.JOB_STATUS_SUCCEEDED
 
 
+@pytest.mark.spec("LEA-2", "W-CC-73")
 async def test_the_heartbeat_of_another_worker_is_refused() -> None:
     async with rpc_server() as server:
         await server.enqueue("j")
@@ -437,6 +473,26 @@ async def test_a_restarted_job_runs_again_with_all_its_retries(outcome: str) -> 
         assert (await server.job("j")).status == pb.JOB_STATUS_SUCCEEDED
 
 
+@pytest.mark.spec("W-CC-54")
+@pytest.mark.parametrize("by_id", [False, True])
+async def test_after_a_restart_attempts_are_counted_on_and_the_retries_from_the_beginning(
+    by_id: bool,
+) -> None:
+    """The reference takes both numbers of a lease by id for the same."""
+    policy = pb.RetryPolicy(retry_count=1, max_interval_ms=0)
+    async with rpc_server() as server:
+        await server.enqueue("j", retry_policy=policy)
+        numbers = []
+        for _ in range(2):
+            for _ in range(2):
+                task = await (server.lease_by_id() if by_id else server.lease_one())
+                numbers.append((task.attempt_number, task.relative_attempt_number, task.is_last_attempt))
+                await server.report(task, failure=BROKEN)
+            assert (await server.job("j")).status == pb.JOB_STATUS_FAILED
+            await server.restart("j")
+        assert numbers == [(1, 1, False), (2, 2, True), (3, 1, False), (4, 2, True)]
+
+
 async def test_a_restarted_job_is_not_cancelled_any_more() -> None:
     async with rpc_server() as server:
         await server.enqueue("j")
@@ -445,6 +501,7 @@ async def test_a_restarted_job_is_not_cancelled_any_more() -> None:
         assert not (await server.beat(await server.lease_one())).cancelled
 
 
+@pytest.mark.spec("W-CC-53")
 async def test_a_job_cancelled_before_its_time_keeps_it_when_restarted() -> None:
     async with rpc_server() as server:
         start_at_ms = server.clock.now_ms() + 60_000
@@ -455,6 +512,7 @@ async def test_a_job_cancelled_before_its_time_keeps_it_when_restarted() -> None
         assert await server.lease() == []
 
 
+@pytest.mark.spec("RST-1")
 async def test_what_cannot_be_restarted() -> None:
     async with rpc_server() as server:
         await a_finished_job(server, "success", "done")
@@ -488,6 +546,7 @@ async def test_an_expedited_retry_does_not_wait() -> None:
         assert (await server.lease_one()).attempt_number == 2
 
 
+@pytest.mark.spec("EXP-3", "W-CC-55")
 async def test_what_cannot_be_expedited_each_for_its_own_reason() -> None:
     async with rpc_server() as server:
         await a_finished_job(server, "success", "done")
@@ -507,7 +566,9 @@ async def test_what_cannot_be_expedited_each_for_its_own_reason() -> None:
             assert await refusal(server.expedite(job_id)) == expected
 
 
+@pytest.mark.spec("DEL-3", "DEL-4", "W-CC-49")
 async def test_a_deleted_job_is_gone_with_its_attempts_and_its_id_is_free() -> None:
+    """The reference keeps the attempts, and shows them under the new job."""
     async with rpc_server() as server:
         await a_finished_job(server, "failure")
         await server.delete("j")
@@ -518,19 +579,25 @@ async def test_a_deleted_job_is_gone_with_its_attempts_and_its_id_is_free() -> N
         assert (await server.lease_one()).attempt_number == 1
 
 
+@pytest.mark.spec("W-CC-48")
 async def test_a_running_job_cannot_be_deleted() -> None:
+    """The reference says so with INTERNAL."""
     async with rpc_server() as server:
         await server.enqueue("j")
         task = await server.lease_one()
+        before = server.rows()
         code, text = await refusal(server.delete("j"))
         assert code is FORBIDDEN
         assert text == "cannot delete job j: job is currently running or has pending requests"
+        assert server.rows() == before
         await server.report(task)
+        assert (await server.job("j")).status == pb.JOB_STATUS_SUCCEEDED
 
 
 # Lease by id
 
 
+@pytest.mark.spec("LSO-1", "W-CC-56")
 async def test_a_job_can_be_leased_by_its_id_before_its_time() -> None:
     async with rpc_server() as server:
         await server.enqueue("j", start_at_ms=server.clock.now_ms() + 60_000)
@@ -570,6 +637,7 @@ async def test_what_cannot_be_leased_by_id_each_for_its_own_reason() -> None:
             assert await refusal(server.lease_by_id(job_id)) == expected
 
 
+@pytest.mark.spec("LEA-18")
 async def test_one_of_many_leases_by_id_wins() -> None:
     async with rpc_server() as server:
         await server.enqueue("j")
@@ -581,6 +649,7 @@ async def test_one_of_many_leases_by_id_wins() -> None:
 # Lease from the queue
 
 
+@pytest.mark.spec("LSE-8")
 async def test_tasks_come_from_all_shards_or_from_the_one_asked() -> None:
     async with rpc_server(shards=2, tenancy=True) as server:
         left, right = server.shards
@@ -594,12 +663,44 @@ async def test_tasks_come_from_all_shards_or_from_the_one_asked() -> None:
         assert all(task.shard == (left if task.job_id.startswith("l") else right) for task in others)
 
 
+@pytest.mark.spec("LSE-3", "W-CC-59")
 async def test_max_tasks_bounds_what_all_shards_give_together() -> None:
-    async with rpc_server(shards=2, tenancy=True) as server:
-        for number in range(3):
-            await server.enqueue(f"l{number}", shard=server.shards[0], tenant="test-tenant")
-            await server.enqueue(f"r{number}", shard=server.shards[1], tenant="test-tenant-1")
+    async with rpc_server(shards=3, tenancy=True) as server:
+        for shard, tenant in zip(server.shards, IN_EACH_THIRD, strict=True):
+            for number in range(2):
+                await server.enqueue(f"j{number}", shard=shard, tenant=tenant)
         assert [len(await server.lease(4)), len(await server.lease(10))] == [4, 2]
+
+
+@pytest.mark.spec("W-CC-60")
+async def test_a_shard_that_is_away_keeps_nobody_from_the_tasks_of_the_others() -> None:
+    """Away because it is being opened; shards are not split yet, so none is paused."""
+    async with rpc_server(shards=2, tenancy=True) as server:
+        left, right = server.shards
+        await server.enqueue("l", shard=left, tenant="test-tenant")
+        await server.enqueue("r", shard=right, tenant="test-tenant-1")
+        faults = server.storage.faults
+        for number in range(1, 30):
+            faults.plan("open", Fault.FAIL_BEFORE, call=faults.calls["open"] + number)
+        faults.plan("write", Fault.FAIL_BEFORE)
+        await refusal(server.enqueue("lost", shard=left, tenant="test-tenant"))
+        await until(lambda: len(server.node.open_shards()) == 1)
+        code, text = await refusal(server.lease(shard=left))
+        assert (code, text) == (grpc.StatusCode.UNAVAILABLE, "shard not ready: acquisition in progress")
+        assert [task.job_id for task in await server.lease(9)] == ["r"]
+
+
+@pytest.mark.spec("W-CC-61")
+async def test_an_idle_server_answers_a_poll_soon() -> None:
+    """The fastest of ten counts, since this machine may be busy."""
+    async with real_silo() as address, stub_of(address) as stub:
+        request = pb.LeaseTasksRequest(worker_id=WORKER, max_tasks=1, task_group=GROUP)
+        took_s = []
+        for _ in range(10):
+            began_s = time.monotonic()
+            assert await stub.LeaseTasks(request) == pb.LeaseTasksResponse()
+            took_s.append(time.monotonic() - began_s)
+        assert min(took_s) < 0.1
 
 
 async def test_tasks_of_another_group_are_not_handed_out() -> None:
@@ -631,10 +732,12 @@ async def test_a_waiting_worker_gets_a_delayed_job_when_it_is_due() -> None:
         assert [task.job_id for task in (await waiting).tasks] == ["j"]
 
 
+@pytest.mark.spec("LSE-10", "W-CC-61")
 @pytest.mark.parametrize(
     ("metadata", "wait_ms"), [((), 25), (LONG, 30_000), ((("silo-wait-ms", "9" * 30),), 30_000)]
 )
 async def test_an_idle_lease_call_ends_after_its_wait(metadata: Any, wait_ms: int) -> None:
+    """The reference answers at once, and cannot be asked for more."""
     async with rpc_server() as server, asyncio.timeout(10):
         request = pb.LeaseTasksRequest(worker_id=WORKER, max_tasks=1, task_group=GROUP)
         waiting = server.stub.LeaseTasks(request, metadata=metadata)
@@ -649,14 +752,19 @@ async def test_an_idle_lease_call_ends_after_its_wait(metadata: Any, wait_ms: in
 # Ids, sizes, resets
 
 
+@pytest.mark.spec("ENQ-8", "W-CC-39")
 async def test_exactly_one_of_many_enqueues_of_an_id_wins() -> None:
+    """The losers get ALREADY_EXISTS, where the reference sends INTERNAL with the same text."""
     async with rpc_server() as server:
         calls = [server.enqueue("j", payload=packed(bytes([number]))) for number in range(20)]
         answers = await asyncio.gather(*calls, return_exceptions=True)
         winners = [number for number, answer in enumerate(answers) if answer == "j"]
         assert len(winners) == 1
-        codes = {answer.code() for answer in answers if isinstance(answer, grpc.aio.AioRpcError)}
-        assert codes == {grpc.StatusCode.ALREADY_EXISTS}
+        errors = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
+        assert {(error.code(), error.details()) for error in errors} == {
+            (grpc.StatusCode.ALREADY_EXISTS, "job already exists with id j")
+        }
+        assert len(errors) == 19
         assert (await server.job("j")).payload.msgpack == bytes(winners)
 
 
@@ -669,6 +777,7 @@ async def test_an_id_stays_taken_after_its_job_has_ended() -> None:
         )
 
 
+@pytest.mark.spec("ENT-10", "ENT-25", "W-CC-8")
 async def test_five_mebibytes_go_in_and_come_back_unchanged() -> None:
     payload, result = random.Random(1).randbytes(5 << 20), random.Random(2).randbytes(5 << 20)
     async with rpc_server() as server:
@@ -686,6 +795,20 @@ async def test_five_mebibytes_go_in_and_come_back_unchanged() -> None:
         assert (await server.result("j")).success_data.msgpack == result
 
 
+@pytest.mark.spec("W-CC-98")
+async def test_the_extension_that_means_no_value_comes_back_as_it_was_stored() -> None:
+    stored = b"\xd4\x00\x00"
+    async with rpc_server() as server:
+        await server.enqueue("j", payload=packed(stored))
+        assert (await server.job("j")).payload.msgpack == stored
+        task = await server.lease_one()
+        assert task.payload.msgpack == stored
+        assert decode(task.payload.msgpack, field="payload") is None
+        await server.report(task, success=packed(stored))
+        assert (await server.result("j")).success_data.msgpack == stored
+
+
+@pytest.mark.spec("ENQ-9")
 async def test_two_hundred_enqueues_at_once_on_one_connection_all_succeed() -> None:
     async with rpc_server() as server:
         ids = await asyncio.gather(*(server.enqueue(f"j{number}") for number in range(200)))
@@ -694,35 +817,43 @@ async def test_two_hundred_enqueues_at_once_on_one_connection_all_succeed() -> N
 
 
 async def test_large_tasks_of_several_shards_come_in_answers_that_can_be_sent() -> None:
-    tenants = ("customer-123", "test-tenant", "test-tenant-1")
     async with rpc_server(shards=3, tenancy=True) as server:
         assert await server.lease() == []  # From now on jobs of this group are kept at hand.
         payload = bytes(24 << 20)
-        for shard, tenant in zip(server.shards, tenants, strict=True):
+        for shard, tenant in zip(server.shards, IN_EACH_THIRD, strict=True):
             for number in range(2):
                 job = a_job(str(number), tenant=tenant)
                 await server.node.shard(shard).enqueue(msgspec.structs.replace(job, payload=payload))
         assert await server.lease(1000)
 
 
+@pytest.mark.spec("W-CC-90")
 async def test_a_reset_empties_all_shards_and_they_accept_work_at_once() -> None:
-    async with rpc_server(shards=8, dev_mode=True) as server:
-        home = server.shards[3]  # Where the default tenant lives.
-        for round in range(3):
-            await server.enqueue("j", shard=home)
-            [task] = await server.lease(shard=home)
+    async with rpc_server(shards=8, tenancy=True, dev_mode=True) as server:
+        homes = dict(zip(server.shards, IN_EACH_EIGHTH, strict=True))
+        for round in range(5):
+            for shard, tenant in homes.items():
+                await server.enqueue("j", shard=shard, tenant=tenant)
+            tasks = await server.lease(8)
+            assert {task.shard for task in tasks} == homes.keys()
             assert (await server.stub.ResetShards(pb.ResetShardsRequest())).shards_reset == 8
-            assert await refusal(server.job("j", shard=home)) == (NOT_FOUND, "job not found"), round
-            assert await refusal(server.report(task)) == (NOT_FOUND, "lease not found")
+            for shard, tenant in homes.items():
+                call = server.job("j", shard=shard, tenant=tenant)
+                assert await refusal(call) == (NOT_FOUND, "job not found"), round
+            for task in tasks:
+                assert await refusal(server.report(task)) == (NOT_FOUND, "lease not found")
             info = await server.stub.GetNodeInfo(pb.GetNodeInfoRequest())
             assert [shard.total_jobs for shard in info.owned_shards] == [0] * 8
             cluster = await server.stub.GetClusterInfo(pb.GetClusterInfoRequest())
             assert [owner.shard_id for owner in cluster.shard_owners] == server.shards
+        for shard, tenant in homes.items():
+            await server.enqueue("j", shard=shard, tenant=tenant)
 
 
 # Clients that go away
 
 
+@pytest.mark.spec("LSE-18", "W-CC-62")
 async def test_a_worker_that_hangs_up_while_it_waits_leaves_the_next_job_to_others() -> None:
     async with rpc_server() as server:
         for fields in ({}, {"shard": server.shard}):
@@ -735,6 +866,7 @@ async def test_a_worker_that_hangs_up_while_it_waits_leaves_the_next_job_to_othe
         assert (await server.lease_one()).job_id == "j"
 
 
+@pytest.mark.spec("W-CC-62")
 async def test_a_call_whose_deadline_passes_leaves_the_next_job_to_others() -> None:
     async with rpc_server() as server:
         request = pb.LeaseTasksRequest(worker_id="gone", max_tasks=1, task_group=GROUP)
@@ -762,6 +894,7 @@ async def test_a_client_that_hangs_up_during_its_enqueue_leaves_a_job_or_none_an
         assert "last" in {task.job_id for task in leased}
 
 
+@pytest.mark.spec("LSE-17", "W-CC-62")
 async def test_tasks_of_a_worker_that_hung_up_during_its_lease_run_again_after_the_lease() -> None:
     async with rpc_server() as server:
         policy = pb.RetryPolicy(retry_count=100, max_interval_ms=0)

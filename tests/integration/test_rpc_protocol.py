@@ -171,6 +171,7 @@ async def read_frame(reader: asyncio.StreamReader) -> tuple[int, int, bytes]:
     return head[3], head[4], await reader.readexactly(length)
 
 
+@pytest.mark.spec("W-CC-1")
 async def test_an_idle_client_may_ping_as_often_as_it_likes() -> None:
     async with rpc_server() as server, connection(server) as (reader, writer), asyncio.timeout(10):
         writer.write(PREFACE + frame(SETTINGS))

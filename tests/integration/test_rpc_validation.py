@@ -7,11 +7,12 @@ from uuid import UUID
 import grpc
 import pytest
 
-from silo.model.shards import hash_tenant
+from silo.model.shards import HashRange, hash_tenant
 from silo.rpc.server import MESSAGE_BYTES_MAX
 from silo.storage.memory import Fault
 from silo.wire import validate
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
+from tests.builders import until
 from tests.integration.rpc_server import AT_ONCE, GROUP, RpcServer, packed, refusal, rpc_server
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -32,7 +33,7 @@ JOB_CALLS = (
     "ExpediteJob",
     "LeaseTask",
 )
-WORKER_CALLS = ("ReportOutcome", "Heartbeat")
+WORKER_CALLS = ("ReportOutcome", "ReportRefreshOutcome", "Heartbeat")
 # Enqueue is wrong in its arguments too, and what is checked first wins; LeaseTasks asks for its group first.
 WRONG_ARGUMENTS: dict[str, dict[str, Any]] = {
     "Enqueue": {"priority": 100},
@@ -171,6 +172,30 @@ WITHOUT_TENANCY = [
 ]
 
 
+@pytest.mark.spec(
+    "ENQ-1",
+    "ENQ-2",
+    "ENQ-3",
+    "ENQ-4",
+    "LSE-1",
+    "LSE-8",
+    "LEA-22",
+    "SM-7",
+    "LSO-1",
+    "RAT-17",
+    "RD-2",
+    "W-CC-12",
+    "W-CC-17",
+    "W-CC-20",
+    "W-CC-32",
+    "W-CC-33",
+    "W-CC-35",
+    "W-CC-56",
+    "W-CC-57",
+    "W-CC-65",
+    "W-CC-73",
+    "W-CC-90",
+)
 @pytest.mark.parametrize("rule", WITHOUT_TENANCY, ids=ids(WITHOUT_TENANCY))
 async def test_without_tenancy_a_wrong_call_is_refused_and_changes_nothing(rule: Rule) -> None:
     async with rpc_server() as server:
@@ -240,6 +265,9 @@ WITH_TENANCY = [
 ]
 
 
+@pytest.mark.spec(
+    "ENQ-1", "LEA-7", "SM-7", "W-CC-10", "W-CC-17", "W-CC-18", "W-CC-19", "W-CC-22", "W-CC-23", "W-ERR-16"
+)
 @pytest.mark.parametrize("rule", WITH_TENANCY, ids=ids(WITH_TENANCY))
 async def test_with_tenancy_a_wrong_call_is_refused_and_changes_nothing(rule: Rule) -> None:
     async with rpc_server(shards=2, tenancy=True) as server:
@@ -256,13 +284,20 @@ async def test_a_payload_that_no_answer_could_carry_is_refused(monkeypatch: pyte
         await server.enqueue("j", payload=packed(b"x" * 10))
 
 
+def redirects(error: grpc.aio.AioRpcError) -> list[str]:
+    return [key for key, _ in error.trailing_metadata() or () if key.startswith("x-silo")]
+
+
+@pytest.mark.spec("W-CC-13", "W-ERR-1")
 async def test_an_unknown_shard_sends_nobody_elsewhere() -> None:
     async with rpc_server() as server:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
+        with pytest.raises(grpc.aio.AioRpcError, match="shard not found") as caught:
             await server.job(shard=NOWHERE)
-        assert not [key for key, _ in caught.value.trailing_metadata() if key.startswith("x-silo")]
+        assert caught.value.code() is NOT_FOUND
+        assert redirects(caught.value) == []
 
 
+@pytest.mark.spec("W-CC-11")
 @pytest.mark.parametrize(
     "written",
     [
@@ -284,6 +319,7 @@ async def test_the_nil_uuid_is_a_shard_id() -> None:
         assert await refusal(server.job(shard=str(UUID(int=0)))) == (NOT_FOUND, "shard not found")
 
 
+@pytest.mark.spec("ENQ-2", "ENQ-3", "ENQ-4", "W-CC-20", "W-CC-32", "W-CC-33", "W-CC-34", "W-CC-35")
 @pytest.mark.parametrize(
     "fields",
     [
@@ -311,6 +347,7 @@ async def test_a_job_at_a_bound_is_accepted(fields: dict[str, Any]) -> None:
         assert (await server.job("j")).status == pb.JOB_STATUS_SCHEDULED
 
 
+@pytest.mark.spec("ENQ-1", "W-CC-19")
 @pytest.mark.parametrize("tenant", ["t" * 64, "é" * 64, "-", "with space\0"])
 async def test_with_tenancy_a_tenant_of_up_to_64_signs_is_accepted(tenant: str) -> None:
     async with rpc_server(shards=2, tenancy=True) as server:
@@ -319,6 +356,7 @@ async def test_with_tenancy_a_tenant_of_up_to_64_signs_is_accepted(tenant: str) 
         assert (await server.job("j", shard=shard, tenant=tenant)).id == "j"
 
 
+@pytest.mark.spec("W-CC-21")
 async def test_without_tenancy_workers_may_name_any_tenant() -> None:
     async with rpc_server(shards=2) as server:
         await server.enqueue("j")
@@ -328,6 +366,13 @@ async def test_without_tenancy_workers_may_name_any_tenant() -> None:
         await server.report(task)
         assert (await server.job("j")).status == pb.JOB_STATUS_SUCCEEDED
 
+        limit = pb.FloatingConcurrencyLimit(key="k", default_max_concurrency=0)
+        await server.enqueue("waits", limits=[pb.Limit(floating_concurrency=limit)])
+        [refresh] = (await call(server, "LeaseTasks", max_tasks=1, task_group=GROUP)).refresh_tasks
+        fields = {"shard": refresh.shard, "task_id": refresh.id, "tenant_id": IN_RIGHT}
+        await call(server, "ReportRefreshOutcome", success={"new_max_concurrency": 1}, **fields)
+        assert (await server.lease_one()).job_id == "waits"
+
 
 async def test_without_tenancy_work_for_a_shard_that_does_not_own_it_is_refused() -> None:
     async with rpc_server(shards=2) as server:
@@ -335,6 +380,7 @@ async def test_without_tenancy_work_for_a_shard_that_does_not_own_it_is_refused(
         await assert_refused(server, rule)
 
 
+@pytest.mark.spec("ENT-4", "W-CC-40")
 async def test_with_tenancy_one_id_is_a_job_of_its_own_for_each_tenant() -> None:
     async with rpc_server(tenancy=True) as server:
         await server.enqueue("j", tenant="a", payload=packed(b"\x01"))
@@ -343,6 +389,7 @@ async def test_with_tenancy_one_id_is_a_job_of_its_own_for_each_tenant() -> None
         assert (await server.job("j", tenant="b")).payload.msgpack == b"\x02"
 
 
+@pytest.mark.spec("DEL-3", "W-CC-48")
 async def test_deleting_a_job_that_does_not_exist_succeeds() -> None:
     async with rpc_server() as server:
         before = server.rows()
@@ -350,11 +397,13 @@ async def test_deleting_a_job_that_does_not_exist_succeeds() -> None:
         assert server.rows() == before
 
 
+@pytest.mark.spec("LSE-1")
 async def test_lease_tasks_checks_neither_the_length_of_the_group_nor_the_worker() -> None:
     async with rpc_server() as server:
         assert await server.lease(task_group="g" * 1000, worker_id="") == []
 
 
+@pytest.mark.spec("LSE-1", "W-CC-58")
 async def test_lease_tasks_takes_no_tasks_when_none_are_wanted() -> None:
     async with rpc_server() as server:
         await server.enqueue("j")
@@ -380,6 +429,7 @@ async def test_the_reason_stays_at_the_end_of_a_shortened_refusal() -> None:
         assert text.endswith("job is still in progress (status: Scheduled)")
 
 
+@pytest.mark.spec("W-CC-14", "W-ERR-19")
 async def test_a_shard_that_failed_is_unavailable_until_it_is_open_again() -> None:
     async with rpc_server() as server, asyncio.timeout(10):
         await server.enqueue("old")
@@ -395,6 +445,7 @@ async def test_a_shard_that_failed_is_unavailable_until_it_is_open_again() -> No
                 break
             except grpc.aio.AioRpcError as error:
                 assert error.code() is grpc.StatusCode.UNAVAILABLE
+                assert redirects(error) == []
                 texts.add(error.details())
                 assert await server.lease(task_group="other") == []  # Of no shard in particular: no error.
         assert "shard not ready: acquisition in progress" in texts
@@ -418,6 +469,54 @@ async def test_cluster_info_lists_every_shard_by_its_range() -> None:
         assert not any(owner.HasField("placement_ring") for owner in info.shard_owners)
         assert (info.this_node_id, info.this_grpc_addr) == ("node-1", "silo.example:7450")
         assert list(info.members) == [pb.ClusterMember(node_id="node-1", grpc_addr="silo.example:7450")]
+
+
+@pytest.mark.spec("W-CC-28")
+async def test_a_shard_that_is_not_open_is_listed_and_counted_like_the_others() -> None:
+    """Without a cluster it still has an owner, this node."""
+    async with rpc_server(shards=2) as server:
+        before = await server.stub.GetClusterInfo(pb.GetClusterInfoRequest())
+        faults = server.storage.faults
+        for number in range(1, 30):
+            faults.plan("open", Fault.FAIL_BEFORE, call=faults.calls["open"] + number)
+        faults.plan("write", Fault.FAIL_BEFORE)
+        await refusal(server.enqueue("j"))
+        await until(lambda: len(server.node.open_shards()) == 1)
+        assert len((await server.stub.GetNodeInfo(pb.GetNodeInfoRequest())).owned_shards) == 1
+        assert await server.stub.GetClusterInfo(pb.GetClusterInfoRequest()) == before
+        assert before.num_shards == len(before.shard_owners) == 2
+
+
+@pytest.mark.spec("W-CC-29")
+async def test_fifty_ask_for_the_shard_map_at_once_and_get_the_same_one_although_the_storage_hangs() -> None:
+    """Without a cluster the map is in memory: there is no backend that one of them would ask for all."""
+    async with rpc_server(shards=4) as server, asyncio.timeout(10):
+        faults = server.storage.faults
+        for operation in ("get", "scan"):
+            for number in range(1, 100):
+                faults.plan(operation, Fault.HANG, call=faults.calls[operation] + number)
+        answers = await asyncio.gather(
+            *(server.stub.GetClusterInfo(pb.GetClusterInfoRequest()) for _ in range(50))
+        )
+        assert answers == answers[:1] * 50
+        assert answers[0].num_shards == 4
+        faults.clear()
+
+
+@pytest.mark.spec("W-ERR-7", "W-ERR-16")
+async def test_who_is_refused_by_a_stale_range_finds_the_right_shard_in_a_fresh_map() -> None:
+    async with rpc_server(shards=2, tenancy=True) as server:
+        for _ in range(2):  # However often it is tried.
+            refused = Rule("Enqueue", new_job(tenant=IN_RIGHT), FORBIDDEN, out_of(LEFT, IN_RIGHT))
+            await assert_refused(server, refused)
+        info = await server.stub.GetClusterInfo(pb.GetClusterInfoRequest())
+        [shard] = [
+            owner.shard_id
+            for owner in info.shard_owners
+            if HashRange(owner.range_start, owner.range_end).contains(hash_tenant(IN_RIGHT))
+        ]
+        await call(server, "Enqueue", **new_job(tenant=IN_RIGHT, shard=shard))
+        assert (await server.job("new", tenant=IN_RIGHT, shard=shard)).id == "new"
 
 
 async def test_node_info_counts_the_jobs_of_each_open_shard() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import resource
 import signal
 import socket
@@ -12,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from silo import ShardRouting, SiloClientError, SiloGRPCClient
+from silo import Failure, JobNotFoundError, ShardRouting, SiloClientError, SiloGRPCClient, Success
 from silo.cli.server_process import free_port
 from silo.config import load_config
 from silo.node.layout import LAYOUT_STORE, LAYOUT_VERSION
@@ -71,10 +72,13 @@ async def test_it_starts_without_configuration_and_greets(tmp_path: Path) -> Non
     address = an_address()
     async with silo(tmp_path, "server", "--grpc-addr", address) as server:
         await server.says("Ctrl-C")
-        assert server.out.splitlines() == [
+        metrics, lines = re.search("http://.*/metrics", server.out), server.out.splitlines()
+        assert metrics is not None
+        assert lines == [
             f"Silo serves gRPC on {address} (8 shards)",
             f"  data        {tmp_path}/home/.local/share/silo",
             "  durability  flushed (acknowledged once it is on the disk or in the object store)",
+            f"  metrics     {metrics[0]}",
             f"  enqueue     SiloGRPCClient(servers=['{address}'])",
             "  stop        Ctrl-C",
         ]
@@ -122,6 +126,34 @@ async def test_tenancy_can_be_enabled(tmp_path: Path) -> None:
             assert (await client.get_job("j", "grace")).payload == "grace"
             with pytest.raises(SiloClientError, match="tenant"):
                 await client.enqueue(payload=1, task_group=GROUP)
+
+
+async def test_jobs_that_have_ended_are_deleted_when_the_file_says_so(tmp_path: Path) -> None:
+    address = an_address()
+    file = a_file(tmp_path, "[database]\ncompleted_job_expire_s = 1")
+    async with (
+        silo(tmp_path, "server", "-c", file, "--grpc-addr", address) as server,
+        SiloGRPCClient(address) as client,
+    ):
+        await server.says("Ctrl-C")
+        for id in ("done", "failed"):
+            await client.enqueue(id=id, payload=1, task_group=GROUP)
+            task = await client.lease_task(id, worker_id="w")
+            outcome = Success("result") if id == "done" else Failure("BROKEN")
+            await client.report_outcome(task_id=task.id, shard=task.shard, outcome=outcome)
+        assert (await client.get_job_result("done")).result == "result"
+        async with asyncio.timeout(20):
+            while await exists(client, "done"):  # noqa: ASYNC110  # Nobody is told of it.
+                await asyncio.sleep(0.05)
+        assert await exists(client, "failed")
+        await client.enqueue(id="done", payload=2, task_group=GROUP)  # The id is free again.
+
+
+async def exists(client: SiloGRPCClient, id: str) -> bool:
+    try:
+        return (await client.get_job(id)).id == id
+    except JobNotFoundError:
+        return False
 
 
 # Refusing to start

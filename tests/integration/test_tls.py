@@ -1,7 +1,5 @@
 """TLS and mutual TLS: who gets through, and what is said about files that do not work."""
 
-import datetime
-import ipaddress
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,10 +7,8 @@ from typing import Any  # Stubs and messages of grpc are untyped.
 
 import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from silo.cli.server_process import free_port
 from silo.config import TlsConfig, load_config
@@ -22,74 +18,17 @@ from silo.rpc.server import Security
 from silo.rpc.tls import server_credentials
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
 from silo.wire.pb.silo.v1 import silo_pb2_grpc
+from tests.integration.certificates import Authority, pem, tls_of
 from tests.integration.child import failure, silo
 from tests.integration.rpc_server import refusal, rpc_server
 
 INFO = pb.GetClusterInfoRequest()
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
-_AT = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
-_UNTIL = datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC)
-
-
-class Authority:
-    """Signs certificates and writes them as PEM files."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder = folder
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._basic = x509.BasicConstraints(ca=True, path_length=None)
-        self.path = folder / f"{name}.pem"
-        self.path.write_bytes(self._sign(self._name, self._key, self._basic))
-
-    @property
-    def pem(self) -> bytes:
-        return self.path.read_bytes()
-
-    def issue(self, name: str) -> tuple[Path, Path]:
-        """Files with a certificate for loopback, and its key."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        leaf = x509.BasicConstraints(ca=False, path_length=None)
-        certificate, key_file = self._folder / f"{name}.crt", self._folder / f"{name}.key"
-        certificate.write_bytes(self._sign(subject, key, leaf))
-        key_file.write_bytes(_pem(key, serialization.NoEncryption()))
-        return certificate, key_file
-
-    def _sign(
-        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, basic: x509.BasicConstraints
-    ) -> bytes:
-        names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self._name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(_AT)
-            .not_valid_after(_UNTIL)
-            .add_extension(basic, critical=True)
-            .add_extension(names, critical=False)
-        )
-        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-
-
-def _pem(key: ec.EllipticCurvePrivateKey, encryption: serialization.KeySerializationEncryption) -> bytes:
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
 
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
     return Authority(tmp_path, "authority")
-
-
-def tls_of(authority: Authority, *, client_ca: Path | None = None) -> TlsConfig:
-    certificate, key = authority.issue("server")
-    return TlsConfig(
-        cert_path=str(certificate),
-        key_path=str(key),
-        client_ca_path=str(client_ca) if client_ca else None,
-    )
 
 
 @asynccontextmanager
@@ -197,7 +136,7 @@ def files_are_swapped(tls: TlsConfig, folder: Path) -> None:
 
 def key_is_another(tls: TlsConfig, folder: Path) -> None:
     Path(tls.key_path or "").write_bytes(
-        _pem(ec.generate_private_key(ec.SECP256R1()), serialization.NoEncryption())
+        pem(ec.generate_private_key(ec.SECP256R1()), serialization.NoEncryption())
     )
 
 
@@ -207,7 +146,7 @@ def key_is_damaged(tls: TlsConfig, folder: Path) -> None:
 
 def key_has_a_passphrase(tls: TlsConfig, folder: Path) -> None:
     locked = serialization.BestAvailableEncryption(b"hunter2")
-    Path(tls.key_path or "").write_bytes(_pem(ec.generate_private_key(ec.SECP256R1()), locked))
+    Path(tls.key_path or "").write_bytes(pem(ec.generate_private_key(ec.SECP256R1()), locked))
 
 
 def authority_is_missing(tls: TlsConfig, folder: Path) -> None:

@@ -448,6 +448,7 @@ async def test_a_refused_cancel_ends_the_task_as_cancelled_all_the_same(raises: 
 # Leases
 
 
+@pytest.mark.spec("W-ERR-4", "W-ERR-5")
 @pytest.mark.parametrize("status", LEASE_LOST, ids=lambda status: status.text)
 async def test_a_lost_lease_stops_everything_about_the_task(status: Status) -> None:
     async with fake_silo() as server, a_client(server) as client:
@@ -471,6 +472,7 @@ async def test_a_lost_lease_stops_everything_about_the_task(status: Status) -> N
         assert isinstance(error.__cause__, SiloClientError)
 
 
+@pytest.mark.spec("W-ERR-16")
 @pytest.mark.parametrize("status", HARMLESS, ids=lambda status: status.text)
 async def test_other_refusals_of_a_heartbeat_are_told_and_the_task_goes_on(status: Status) -> None:
     async with fake_silo() as server, a_client(server) as client:

@@ -90,6 +90,7 @@ async def _drain(shard: Shard, storage: MemoryStorage, clock: VirtualClock) -> N
     assert not unfinished
 
 
+@pytest.mark.spec("LSE-17", "LSE-18")
 @pytest.mark.parametrize("is_reopened", [False, True], ids=["warm", "reopened"])
 @pytest.mark.parametrize("name", CALLS)
 async def test_a_call_dropped_at_any_moment_leaves_nothing_stuck(name: str, is_reopened: bool) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from silo.config import Address, Config, expand, load_config, parse_address
+from silo.config import Address, Config, expand, load_config, parse_address, parse_url
 from silo.errors import ConfigError
 from silo.storage.durability import Durability
 
@@ -101,6 +101,29 @@ def test_flags_stand_above_the_file(tmp_path: Path) -> None:
         ("[coordination]\ninitial_shard_count = true", ["= true", "whole number"]),
         ("[coordination]\nnode_id = ' '", ["coordination.node_id"]),
         ("[database]\nflush_interval_ms = 0", ["= 0", "from 1 to"]),
+        ("[gubernator]\naddress = ''", ["gubernator.address is empty", "http://127.0.0.1:1051"]),
+        ("[gubernator]\naddress = 'limiter'", ["gubernator.address = 'limiter'", "http://host:port"]),
+        ("[gubernator]\naddress = 'http://limiter'", ["'http://limiter'", "http://host:port"]),
+        ("[gubernator]\naddress = 'limiter:0'", ["'limiter:0'", "http://host:port"]),
+        ("[gubernator]\naddress = 'dns:///limiter:1'", ["'dns:///limiter:1'", "https://host:port for TLS"]),
+        ("[gubernator]\naddress = 'http://a:1/b'", ["'http://a:1/b'", "http://host:port"]),
+        ("[gubernator]\naddress = 'http://a:hunter2@b:1'", ["must not have a user or a password"]),
+        ("[gubernator]\naddr = 'a:1'", ["did you mean gubernator.address?"]),
+        ("[gubernator]\ncoalesce_interval_ms = -1", ["= -1", "from 0 to 1000"]),
+        ("[gubernator]\nmax_batch_size = 0", ["= 0", "from 1 to 1000"]),
+        ("[gubernator]\nmax_batch_size = 1001", ["= 1001", "from 1 to 1000"]),
+        ("[gubernator]\nconnect_timeout_ms = 0", ["= 0", "from 1 to 60000"]),
+        ("[gubernator]\nrequest_timeout_ms = 60001", ["= 60001", "from 1 to 60000"]),
+        ("[database]\ncompleted_job_expire_s = 0", ["completed_job_expire_s = 0", "from 1 to 3153600000"]),
+        ("[database]\nterminal_job_expire_s = -1", ["terminal_job_expire_s = -1", "from 1 to"]),
+        ("[database]\nterminal_job_expire_s = 3153600001", ["from 1 to 3153600000"]),
+        ("[database]\ncompleted_job_expire_s = '7d'", ["= '7d'", "whole number"]),
+        ("[server]\nmax_memory_mb = -1", ["server.max_memory_mb = -1", "from 0 to 16777216"]),
+        ("[server]\nmax_memory_mb = '80%'", ["server.max_memory_mb = '80%'", "whole number"]),
+        ("[metrics]\naddr = '9090'", ["metrics.addr = '9090'", "host:port"]),
+        ("[metrics]\naddr = ''", ["metrics.addr", "host:port"]),
+        ("[metrics]\nenabled = 'no'", ["metrics.enabled", "true or false"]),
+        ("[metrics]\nport = 9090", ["unknown key metrics.port", "known are: enabled, addr"]),
         ("[dispatch]\npriority_step_ms = -5", ["= -5", "from 0 to"]),
         ("[database]\nslatedb = 3", ["database.slatedb = 3", "table"]),
         ("[database]\nbackend = 's3'", ["database.path is missing"]),
@@ -132,6 +155,31 @@ def test_both_placeholders_are_known(tmp_path: Path, placeholder: str) -> None:
     assert config.database.root == "s3://bucket/a"
 
 
+def test_jobs_are_kept_for_ever_unless_a_time_is_set(tmp_path: Path) -> None:
+    database = load(tmp_path, "").database
+    assert (database.completed_job_expire_s, database.terminal_job_expire_s) == (None, None)
+    database = load(tmp_path, "[database]\ncompleted_job_expire_s = 3600").database
+    assert (database.completed_job_expire_s, database.terminal_job_expire_s) == (3600, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [
+        ("", "flushed"),
+        ("durability = 'buffered'", "buffered"),
+        ("backend = 'memory'", "none"),
+        ("backend = 'memory'\ndurability = 'flushed'", "none"),
+    ],
+)
+def test_the_durability_in_force_depends_on_where_the_data_is(tmp_path: Path, text: str, level: str) -> None:
+    assert load(tmp_path, f"[database]\n{text}").database.durability_in_force == level
+
+
+def test_zero_memory_is_no_bound_and_allowed(tmp_path: Path) -> None:
+    assert load(tmp_path, "").server.max_memory_mb is None
+    assert load(tmp_path, "[server]\nmax_memory_mb = 0").server.max_memory_mb == 0
+
+
 def test_zero_priority_step_is_allowed(tmp_path: Path) -> None:
     assert load(tmp_path, "[dispatch]\npriority_step_ms = 0").dispatch.priority_step_ms == 0
 
@@ -139,6 +187,26 @@ def test_zero_priority_step_is_allowed(tmp_path: Path) -> None:
 def test_an_error_hides_secrets(tmp_path: Path) -> None:
     text = "[database]\nbackend = 'url'\npath = 's3://key:${SECRET}@host/a'"
     assert "hunter2" not in refusal(tmp_path, text, {"SECRET": "hunter2"})
+
+
+def test_no_limiter_is_configured_by_default(tmp_path: Path) -> None:
+    assert load(tmp_path, "[gubernator]\nmax_batch_size = 7").gubernator.address is None
+
+
+@pytest.mark.parametrize(
+    ("url", "address", "is_tls"),
+    [
+        ("limiter:1051", "limiter:1051", False),
+        ("http://limiter:1051", "limiter:1051", False),
+        ("HTTP://limiter:1051/", "limiter:1051", False),
+        ("https://[::1]:1051", "[::1]:1051", True),
+    ],
+)
+def test_a_limiter_is_named_by_a_url_or_an_address(
+    tmp_path: Path, url: str, address: str, is_tls: bool
+) -> None:
+    assert load(tmp_path, f"[gubernator]\naddress = '{url}'").gubernator.address == url
+    assert parse_url("gubernator.address", url) == (address, is_tls)
 
 
 def test_ipv6_addresses_stand_in_brackets() -> None:

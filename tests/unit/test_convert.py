@@ -17,6 +17,7 @@ from silo.model.job import (
     NewJob,
     RetryPolicy,
 )
+from silo.model.limit import Limit, RateLimit, RateRetryPolicy
 from silo.model.view import JobView
 from silo.wire import convert
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
@@ -131,6 +132,72 @@ def test_no_field_of_an_enqueue_is_forgotten() -> None:
 def test_a_retry_policy_survives_the_way_there_and_back() -> None:
     assert convert.retry_policy_from_pb(POLICY_PB) == POLICY
     assert convert.retry_policy_to_pb(POLICY) == POLICY_PB
+
+
+# Limits
+
+
+def _limit(**fields: Any) -> Limit:
+    """The one limit of a list with one."""
+    [limit] = convert.limits_from_pb([pb.Limit(**fields)])
+    return limit
+
+
+LIMITS_PB = [
+    pb.Limit(concurrency=pb.ConcurrencyLimit(key="a", max_concurrency=7)),
+    pb.Limit(
+        floating_concurrency=pb.FloatingConcurrencyLimit(
+            key="b", default_max_concurrency=3, refresh_interval_ms=-9, metadata={"k": "v"}
+        )
+    ),
+    pb.Limit(
+        rate_limit=pb.GubernatorRateLimit(
+            name="n",
+            unique_key="u",
+            limit=5,
+            duration_ms=6,
+            hits=-2,
+            algorithm=pb.GUBERNATOR_ALGORITHM_LEAKY_BUCKET,
+            behavior=63,
+            retry_policy=pb.RateLimitRetryPolicy(
+                initial_backoff_ms=1, max_backoff_ms=2, backoff_multiplier=1.5, max_retries=4
+            ),
+        )
+    ),
+]
+
+
+def test_every_field_of_a_limit_survives_the_way_there_and_back() -> None:
+    limits = convert.limits_from_pb(LIMITS_PB)
+    assert [convert.limit_to_pb(limit) for limit in limits] == LIMITS_PB
+    for limit in LIMITS_PB:
+        [(_, message)] = limit.ListFields()
+        assert len(message.ListFields()) == len(message.DESCRIPTOR.fields)  # None was left out above.
+
+
+@pytest.mark.spec("ENT-12")
+def test_a_rate_limit_without_retry_policy_has_the_defaults() -> None:
+    limit = _limit(rate_limit=pb.GubernatorRateLimit(name="n"))
+    assert isinstance(limit, RateLimit)
+    policy = limit.retry_policy
+    assert (policy.initial_backoff_ms, policy.max_backoff_ms) == (100, 30_000)
+    assert (policy.backoff_multiplier, policy.max_retries) == (2.0, 0)
+
+
+@pytest.mark.spec("ENT-12")
+def test_zeros_in_a_retry_policy_that_is_there_are_zeros() -> None:
+    policy = pb.RateLimitRetryPolicy()
+    limit = _limit(rate_limit=pb.GubernatorRateLimit(name="n", retry_policy=policy))
+    assert isinstance(limit, RateLimit)
+    assert limit.retry_policy == RateRetryPolicy(
+        initial_backoff_ms=0, max_backoff_ms=0, backoff_multiplier=0.0, max_retries=0
+    )
+    assert limit.hits == 0  # Other fields have no defaults either.
+
+
+def test_limits_keep_their_order_and_one_that_says_nothing_is_left_out() -> None:
+    limits = convert.limits_from_pb([pb.Limit(), *LIMITS_PB, pb.Limit(), LIMITS_PB[0]])
+    assert limits == (*convert.limits_from_pb(LIMITS_PB), *convert.limits_from_pb(LIMITS_PB[:1]))
 
 
 # GetJob
@@ -292,6 +359,7 @@ def test_a_task_of_the_default_tenant_names_none() -> None:
     assert not convert.task_to_pb(LeasedTask(job, state), shard="S").HasField("tenant_id")
 
 
+@pytest.mark.spec("ATT-6")
 @pytest.mark.parametrize(("relative", "is_last"), [(1, False), (3, False), (4, True), (5, True)])
 def test_the_last_attempt_follows_the_number_since_the_restart(relative: int, is_last: bool) -> None:
     state = a_state(status=JobStatus.RUNNING, lease=LEASE, relative_attempt_number=relative)

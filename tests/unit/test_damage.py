@@ -10,7 +10,7 @@ from silo.model.job import LEASE_MS, LeasedTask
 from silo.shard.shard import Shard
 from silo.storage import codec, keys
 from silo.storage.memory import MemoryStorage
-from tests.builders import GROUP, SHARD, a_job, a_policy, open_shard, reopened
+from tests.builders import GROUP, SHARD, a_job, a_policy, at_most, open_shard, reopened
 from tests.invariants import check_snapshot
 
 TENANT = "-"
@@ -30,6 +30,7 @@ async def _damage(storage: MemoryStorage, prefix: bytes) -> None:
     await store.close()
 
 
+@pytest.mark.spec("LSE-24")
 @pytest.mark.parametrize("family", ["queue", "job", "lease", "timer"])
 async def test_a_damaged_row_delays_nothing_else(family: str) -> None:
     storage, clock = MemoryStorage(), VirtualClock()
@@ -111,6 +112,7 @@ async def test_a_lease_row_with_another_state_does_not_keep_the_shard_closed() -
         await shard.close()
 
 
+@pytest.mark.spec("LSE-24")
 async def test_a_damaged_queue_key_does_not_stop_the_shard() -> None:
     storage, clock = MemoryStorage(), VirtualClock()
     async with open_shard(storage, clock=clock) as shard:
@@ -135,3 +137,43 @@ async def test_damaged_counters_are_counted_again() -> None:
     async with open_shard(storage, clock=clock) as shard:
         await shard.cancel(tenant=TENANT, job_id="j1")
     check_snapshot(storage.snapshot(SHARD))
+
+
+@pytest.mark.spec("LSE-19")
+@pytest.mark.parametrize("is_running", [False, True])
+async def test_the_ticket_of_a_job_without_description_goes_to_the_next(is_running: bool) -> None:
+    storage, clock = MemoryStorage(), VirtualClock()
+    async with open_shard(storage, clock=clock) as shard:
+        await shard.enqueue(a_job("damaged", payload=bytes(2_000), limits=[at_most(1)]))
+        if is_running:
+            await lease(shard)
+        await shard.enqueue(a_job("next", limits=[at_most(1)]))
+    await (await storage.open(SHARD)).write({keys.job_key(TENANT, "damaged"): None})
+    async with open_shard(storage, clock=clock) as shard:
+        if is_running:
+            clock.advance_ms(LEASE_MS)
+            await shard.tick()
+        assert [task.job.id for task in await lease(shard, 9)] == ["next"]
+        assert await lease(shard, 9) == []
+
+
+async def test_a_waiting_job_without_description_can_be_cancelled() -> None:
+    storage, clock = MemoryStorage(), VirtualClock()
+    async with open_shard(storage, clock=clock) as shard:
+        await shard.enqueue(a_job("first", limits=[at_most(1)]))
+        await shard.enqueue(a_job("damaged", payload=bytes(2_000), limits=[at_most(1)]))
+    await (await storage.open(SHARD)).write({keys.job_key(TENANT, "damaged"): None})
+    async with open_shard(storage, clock=clock) as shard:
+        await shard.cancel(tenant=TENANT, job_id="damaged")
+        assert [task.job.id for task in await lease(shard, 9)] == ["first"]
+
+
+async def test_a_job_that_does_not_decode_keeps_no_others_tickets_from_being_dropped() -> None:
+    storage, clock = MemoryStorage(), VirtualClock()
+    async with open_shard(storage, clock=clock) as shard:
+        for number in range(3):
+            await shard.enqueue(a_job(f"j{number}", limits=[at_most(3)]))
+    await (await storage.open(SHARD)).write({keys.state_key(TENANT, "j1"): b"\x01damaged"})
+    async with open_shard(storage, clock=clock) as shard:
+        assert await shard.drop_holders(tenant=TENANT) == 2
+        await shard.enqueue(a_job("after", limits=[at_most(3)]))

@@ -32,6 +32,7 @@ async def enqueue_all(shard: Shard, count: int, *, tenant: str = "-", priority: 
     )
 
 
+@pytest.mark.spec("LSE-5")
 async def test_smaller_priority_numbers_run_first() -> None:
     async with open_shard() as shard:
         for priority in (50, 99, 0, 20):
@@ -48,6 +49,7 @@ async def test_a_job_that_waited_long_enough_overtakes_a_more_urgent_one() -> No
         assert await lease_ids(shard, 2) == ["patient", "urgent"]
 
 
+@pytest.mark.spec("LSE-5")
 async def test_equal_claims_go_by_job_id() -> None:
     async with open_shard() as shard:
         for job_id in "cab":
@@ -55,6 +57,7 @@ async def test_equal_claims_go_by_job_id() -> None:
         assert await lease_ids(shard, 3) == ["a", "b", "c"]
 
 
+@pytest.mark.spec("LSE-2")
 async def test_future_work_does_not_hold_up_due_work() -> None:
     clock = VirtualClock()
     async with open_shard(clock=clock) as shard:
@@ -81,7 +84,9 @@ async def test_a_new_tenant_waits_behind_one_job_of_every_other_tenant(is_reopen
     assert "new" in first
 
 
+@pytest.mark.spec("LSE-9")
 async def test_tenants_take_turns() -> None:
+    """In the reference whoever was first goes first, whatever the tenant."""
     async with open_shard() as shard:
         await enqueue_all(shard, 300, tenant="big")
         await enqueue_all(shard, 30, tenant="small")
@@ -171,6 +176,7 @@ async def test_a_waiting_poll_is_told_when_the_shard_closes() -> None:
             await poll
 
 
+@pytest.mark.spec("LSE-2")
 async def test_task_groups_do_not_see_each_others_work() -> None:
     async with open_shard() as shard:
         await shard.enqueue(a_job("j1", task_group="emails"))

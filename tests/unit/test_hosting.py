@@ -11,13 +11,12 @@ import pytest
 
 from silo.clock import VirtualClock
 from silo.config import load_config
-from silo.errors import ShardClosed, SiloError, StoreUnavailable
+from silo.errors import ShardClosed, ShardNotFound, SiloError, StoreUnavailable
 from silo.model.shards import ShardInfo, initial_ranges
 from silo.node import hosting
 from silo.node import serve as serving
 from silo.node.hosting import HostedNode, host_shards
 from silo.node.layout import LAYOUT_VERSION, Layout, Storage
-from silo.node.node import ShardNotFound
 from silo.rpc.server import listen
 from silo.shard.shard import Shard, ShardOptions
 from silo.storage.memory import Fault, MemoryStorage, MemoryStore

@@ -11,11 +11,12 @@ from silo.clock import VirtualClock
 from silo.errors import InvalidRequest, ShardClosed, SiloError, StateForbids, StoreCorrupt
 from silo.model.attempt import Attempt, AttemptStatus, Cancelled, Failure, Outcome, PastAttempt, Success
 from silo.model.counts import ShardTotals
-from silo.model.job import ImportedJob, JobState, JobStatus, LeasedTask, RetryPolicy
+from silo.model.job import ImportedJob, JobState, JobStatus, LeasedTask, RetryPolicy, Waiting
+from silo.model.limit import Limit
 from silo.shard.shard import Shard
 from silo.storage import codec, keys
 from silo.storage.memory import Fault, MemoryStorage, MemoryStore
-from tests.builders import DONE, GROUP, SHARD, a_job, a_policy, open_shard, reopened
+from tests.builders import DONE, GROUP, SHARD, a_job, a_policy, a_rate, at_most, open_shard, reopened
 from tests.invariants import Stored, check_snapshot, check_step
 
 T = "-"
@@ -106,6 +107,7 @@ def an_import(
     task_group: str = GROUP,
     payload: bytes = b"\xa1p",
     metadata: dict[str, str] | None = None,
+    limits: Sequence[Limit] = (),
 ) -> ImportedJob:
     return ImportedJob(
         tenant=T,
@@ -118,6 +120,7 @@ def an_import(
         retry_policy=retry_policy,
         metadata=tuple(sorted((metadata or {}).items())),
         attempts=attempts,
+        limits=tuple(limits),
     )
 
 
@@ -137,8 +140,9 @@ def refused(reason: str, status: str, id: str = "j") -> str:
 # A new job
 
 
+@pytest.mark.spec("IMP-1")
 async def test_results_come_in_the_order_of_the_jobs_and_one_failure_leaves_the_others_alone() -> None:
-    async with imports() as here:  # IMP-1
+    async with imports() as here:
         answers = await here.take(
             an_import("a"), an_import("b", past(DONE), past(DONE)), an_import("c", past(DONE))
         )
@@ -150,13 +154,15 @@ async def test_results_come_in_the_order_of_the_jobs_and_one_failure_leaves_the_
         assert {id for _, id in here.check()} == {"a", "c"}
 
 
+@pytest.mark.spec("IMP-1")
 async def test_no_jobs_are_no_work() -> None:
-    async with imports() as here:  # IMP-1
+    async with imports() as here:
         assert await here.take() == []
 
 
+@pytest.mark.spec("IMP-3")
 async def test_one_running_job_refuses_the_whole_call_and_nothing_changes() -> None:
-    async with imports() as here:  # IMP-3
+    async with imports() as here:
         await here.shard.enqueue(a_job("busy"))
         await here.take(an_import("known", past(), retry_policy=a_policy(5)))
         await here.shard.lease_one(tenant=T, job_id="busy", worker_id="w")
@@ -172,10 +178,11 @@ async def test_one_running_job_refuses_the_whole_call_and_nothing_changes() -> N
         assert here.rows() == before
 
 
+@pytest.mark.spec("IMP-4")
 @pytest.mark.parametrize("early", [DONE, Cancelled()])
 @pytest.mark.parametrize("number", [1, 2])
 async def test_all_attempts_but_the_last_must_have_failed(early: Outcome, number: int) -> None:
-    async with imports() as here:  # IMP-4
+    async with imports() as here:
         attempts = [past(), past(), past(DONE)]
         attempts[number - 1] = past(early)
         assert await here.refuse(an_import("j", *attempts)) == (
@@ -184,6 +191,7 @@ async def test_all_attempts_but_the_last_must_have_failed(early: Outcome, number
         )
 
 
+@pytest.mark.spec("IMP-5", "ATT-4", "W-CC-88")
 @pytest.mark.parametrize(
     ("attempts", "policy", "expected"),
     [
@@ -202,7 +210,7 @@ async def test_all_attempts_but_the_last_must_have_failed(early: Outcome, number
 async def test_the_last_attempt_and_the_retries_left_decide_the_status(
     attempts: list[PastAttempt], policy: RetryPolicy | None, expected: JobStatus
 ) -> None:
-    async with imports() as here:  # IMP-5
+    async with imports() as here:
         assert await here.take(an_import("j", *attempts, retry_policy=policy)) == [expected]
         state = here.state()
         assert (state.status, state.attempts_ended, state.cancelled_at_ms) == (expected, len(attempts), None)
@@ -215,8 +223,9 @@ async def test_the_last_attempt_and_the_retries_left_decide_the_status(
             assert (state.changed_at_ms, state.next_start_ms) == (200, None)
 
 
+@pytest.mark.spec("IMP-6")
 async def test_a_job_without_history_waits_for_its_start_like_one_that_was_enqueued() -> None:
-    async with imports() as here:  # IMP-6
+    async with imports() as here:
         start_at_ms = here.clock.now_ms() + 5_000
         await here.take(an_import("j", past(), start_at_ms=start_at_ms, retry_policy=a_policy(1)))
         assert here.state().next_start_ms == start_at_ms
@@ -228,15 +237,36 @@ async def test_a_job_without_history_waits_for_its_start_like_one_that_was_enque
         assert task.state.is_last_attempt
 
 
+@pytest.mark.spec("IMP-6")
 async def test_a_start_in_the_past_counts_in_the_order_of_work() -> None:
-    async with imports() as here:  # IMP-6
+    async with imports() as here:
         await here.shard.enqueue(a_job("enqueued"))
         await here.take(an_import("older", start_at_ms=here.clock.now_ms() - 60_000))
         assert [task.job.id for task in await here.lease()] == ["older", "enqueued"]
 
 
+@pytest.mark.spec("IMP-6")
+async def test_an_imported_job_passes_its_limits_like_one_that_was_enqueued() -> None:
+    limits = [at_most(1), a_rate(1), at_most(1, "m")]
+    async with imports() as here:
+        later = here.clock.now_ms() + 1_000
+        await here.take(
+            an_import("first", limits=limits),
+            an_import("second", limits=limits),
+            an_import("ended", past(DONE), limits=limits),
+            an_import("later", limits=[at_most(1, "free")], start_at_ms=later),
+        )
+        held = {id: [holder.key for holder in here.state(id).held] for _, id in here.check()}
+        assert held == {"first": ["k", "m"], "second": [], "ended": [], "later": []}
+        assert isinstance(here.state("second").pending, Waiting)
+        await here.run()
+        await here.pass_time(1_000)
+        assert sorted(task.job.id for task in await here.lease()) == ["later", "second"]
+
+
+@pytest.mark.spec("IMP-6")
 async def test_a_worker_who_waits_gets_an_imported_job_at_once() -> None:
-    async with imports() as here:  # IMP-6
+    async with imports() as here:
         waiting = asyncio.create_task(
             here.shard.lease_tasks(worker_id="w", task_group=GROUP, max_tasks=1, wait_ms=60_000)
         )
@@ -246,9 +276,10 @@ async def test_a_worker_who_waits_gets_an_imported_job_at_once() -> None:
         assert task.job.id == "j"
 
 
+@pytest.mark.spec("IMP-7")
 @pytest.mark.parametrize("outcome", [DONE, BROKEN, Cancelled()])
 async def test_a_start_means_nothing_to_a_job_that_has_ended(outcome: Outcome) -> None:
-    async with imports() as here:  # IMP-7
+    async with imports() as here:
         start_at_ms = here.clock.now_ms() + 5_000
         await here.take(an_import("j", past(outcome), start_at_ms=start_at_ms))
         assert here.state().next_start_ms is None
@@ -256,8 +287,9 @@ async def test_a_start_means_nothing_to_a_job_that_has_ended(outcome: Outcome) -
         assert not await here.lease()
 
 
+@pytest.mark.spec("IMP-7")
 async def test_imported_failures_cause_no_backoff() -> None:
-    async with imports() as here:  # IMP-7
+    async with imports() as here:
         policy = a_policy(3, initial_interval_ms=50_000)
         await here.take(an_import("j", past(), past(), retry_policy=policy))
         [task] = await here.lease()
@@ -265,7 +297,7 @@ async def test_imported_failures_cause_no_backoff() -> None:
 
 
 async def test_an_imported_job_is_described_as_it_was_given() -> None:
-    async with imports() as here:  # IMP-2, ENT-11
+    async with imports() as here:
         policy = a_policy(7)
         await here.take(
             an_import(
@@ -287,13 +319,14 @@ async def test_an_imported_job_is_described_as_it_was_given() -> None:
 
 @pytest.mark.parametrize("given", [0, -5])
 async def test_a_job_without_enqueue_time_was_enqueued_now(given: int) -> None:
-    async with imports() as here:  # ENT-11
+    async with imports() as here:
         await here.take(an_import("j", enqueue_time_ms=given))
         assert here.stored().job.enqueue_time_ms == here.clock.now_ms()
 
 
+@pytest.mark.spec("ATT-4")
 async def test_imported_attempts_have_numbers_and_new_task_ids_and_no_worker() -> None:
-    async with imports() as here:  # ATT-4
+    async with imports() as here:
         given = [past(), past(Failure("", b""), started_at_ms=300, finished_at_ms=-1), past(Success(b""))]
         await here.take(an_import("j", *given))
         attempts = here.attempts()
@@ -303,9 +336,10 @@ async def test_imported_attempts_have_numbers_and_new_task_ids_and_no_worker() -
         assert len({attempt.task_id for attempt in attempts}) == 3
 
 
-# IMP-8: it goes on as if it had always been here
+# It goes on as if it had always been here
 
 
+@pytest.mark.spec("IMP-8")
 async def test_an_imported_job_retries_until_its_budget_is_used_up() -> None:
     async with imports() as here:
         policy = a_policy(3, initial_interval_ms=1_000, backoff_factor=2.0)
@@ -323,6 +357,7 @@ async def test_an_imported_job_retries_until_its_budget_is_used_up() -> None:
         ]
 
 
+@pytest.mark.spec("IMP-8")
 async def test_an_imported_job_can_be_cancelled_restarted_run_and_deleted() -> None:
     async with imports() as here:
         await here.take(an_import("j", past(), retry_policy=a_policy(1), metadata={"k": "v"}))
@@ -337,17 +372,19 @@ async def test_an_imported_job_can_be_cancelled_restarted_run_and_deleted() -> N
         assert not [key for key in here.rows() if key[:1] in (b"j", b"i", b"m", b"q", b"t", b"l", b"c")]
 
 
+@pytest.mark.spec("IMP-8", "RST-6")
 @pytest.mark.parametrize("outcome", [BROKEN, Cancelled()])
 async def test_a_job_that_was_imported_as_ended_can_be_restarted(outcome: Outcome) -> None:
     async with imports() as here:
         later_ms = here.clock.now_ms() + 9_000
         await here.take(an_import("j", past(outcome), enqueue_time_ms=later_ms))
         await here.shard.restart(tenant=T, job_id="j")
-        assert here.state().next_start_ms == later_ms  # RST-6
+        assert here.state().next_start_ms == later_ms
         await here.shard.expedite(tenant=T, job_id="j")
         assert (await here.run()).state.next_attempt_number == 2
 
 
+@pytest.mark.spec("IMP-8")
 async def test_a_job_that_was_imported_as_succeeded_has_its_result() -> None:
     async with imports() as here:
         await here.take(an_import("j", past(), past(Success(b"\x2a"))))
@@ -384,8 +421,9 @@ async def test_an_import_whose_write_fails_is_not_answered() -> None:
 # A job that is here already
 
 
+@pytest.mark.spec("IMP-9")
 async def test_a_job_that_succeeded_is_not_imported_again() -> None:
-    async with imports() as here:  # IMP-9
+    async with imports() as here:
         await here.take(an_import("j", past(DONE)))
         text = refused("job already succeeded", "Succeeded")
         assert await here.refuse(an_import("j", past(DONE))) == text
@@ -393,13 +431,15 @@ async def test_a_job_that_succeeded_is_not_imported_again() -> None:
         assert await here.refuse(an_import("j", past(), past(DONE))) == text
 
 
+@pytest.mark.spec("IMP-9")
 async def test_a_history_may_not_become_shorter() -> None:
-    async with imports() as here:  # IMP-9
+    async with imports() as here:
         await here.take(an_import("j", past(), past()))
         text = refused("reimport has 1 attempts but job has 2 existing attempts", "Failed")
         assert await here.refuse(an_import("j", past(DONE))) == text
 
 
+@pytest.mark.spec("IMP-9")
 @pytest.mark.parametrize(
     "other",
     [
@@ -412,24 +452,26 @@ async def test_a_history_may_not_become_shorter() -> None:
     ],
 )
 async def test_a_history_that_differs_is_refused(other: PastAttempt) -> None:
-    async with imports() as here:  # IMP-9
+    async with imports() as here:
         await here.take(an_import("j", past(), past(), retry_policy=a_policy(5)))
         text = refused("existing attempt 2 does not match reimport data", "Scheduled")
         assert await here.refuse(an_import("j", past(), other, past())) == text
         assert await here.refuse(an_import("j", past(), other)) == text
 
 
+@pytest.mark.spec("IMP-9")
 async def test_a_difference_is_reported_before_a_lack_of_new_attempts_and_before_their_order() -> None:
-    async with imports() as here:  # IMP-9
+    async with imports() as here:
         await here.take(an_import("j", past()))
         differs = refused("existing attempt 1 does not match reimport data", "Failed")
         assert await here.refuse(an_import("j", past(finished_at_ms=1))) == differs
         assert await here.refuse(an_import("j", past(finished_at_ms=1), past(DONE), past())) == differs
 
 
+@pytest.mark.spec("IMP-10")
 @pytest.mark.parametrize("number", [1, 2])
 async def test_only_the_last_new_attempt_may_not_have_failed(number: int) -> None:
-    async with imports() as here:  # IMP-10
+    async with imports() as here:
         await here.take(an_import("j", past(), past()))
         added = [past(), past(), past()]
         added[number - 1] = past(DONE)
@@ -439,8 +481,9 @@ async def test_only_the_last_new_attempt_may_not_have_failed(number: int) -> Non
         )
 
 
+@pytest.mark.spec("IMP-10")
 async def test_a_stored_cancelled_attempt_may_be_followed_by_new_ones() -> None:
-    async with imports() as here:  # IMP-10
+    async with imports() as here:
         await here.take(an_import("j", past(), past(Cancelled())))
         job = an_import("j", past(), past(Cancelled()), past(), retry_policy=a_policy(2))
         assert await here.take(job) == [SCHEDULED]
@@ -449,8 +492,9 @@ async def test_a_stored_cancelled_attempt_may_be_followed_by_new_ones() -> None:
         assert (task.state.relative_attempt_number, task.state.is_last_attempt) == (4, True)
 
 
+@pytest.mark.spec("IMP-11")
 async def test_stored_attempts_stay_and_new_ones_get_the_next_numbers() -> None:
-    async with imports() as here:  # IMP-11
+    async with imports() as here:
         await here.shard.enqueue(a_job("j"))
         await here.run(BROKEN)
         [stored] = here.attempts()
@@ -463,8 +507,9 @@ async def test_stored_attempts_stay_and_new_ones_get_the_next_numbers() -> None:
         ]
 
 
+@pytest.mark.spec("IMP-11", "ATT-4")
 async def test_numbers_go_on_after_a_restart_was_stored() -> None:
-    async with imports() as here:  # IMP-11, ATT-4
+    async with imports() as here:
         await here.shard.enqueue(a_job("j"))
         await here.run(BROKEN)
         await here.shard.restart(tenant=T, job_id="j")
@@ -475,8 +520,9 @@ async def test_numbers_go_on_after_a_restart_was_stored() -> None:
         assert here.state().relative_attempt_number == 4
 
 
+@pytest.mark.spec("IMP-12", "ENT-9")
 async def test_only_the_policy_and_the_start_are_taken_from_a_second_import() -> None:
-    async with imports() as here:  # IMP-12
+    async with imports() as here:
         await here.take(
             an_import("j", past(), priority=3, enqueue_time_ms=77, metadata={"k": "v"}, payload=b"\xc2")
         )
@@ -503,15 +549,17 @@ async def test_only_the_policy_and_the_start_are_taken_from_a_second_import() ->
         assert after.state.payload_bytes == before.state.payload_bytes
 
 
+@pytest.mark.spec("IMP-12", "ENT-9")
 async def test_a_second_import_can_take_the_policy_away() -> None:
-    async with imports() as here:  # IMP-12
+    async with imports() as here:
         await here.take(an_import("j", past(), retry_policy=a_policy(9)))
         assert await here.take(an_import("j", past(), past())) == [FAILED]
         assert here.state().retry_policy is None
 
 
+@pytest.mark.spec("IMP-13")
 async def test_work_that_was_ready_is_replaced() -> None:
-    async with imports() as here:  # IMP-13
+    async with imports() as here:
         await here.take(an_import("j"))
         assert await here.take(an_import("j", past(), retry_policy=a_policy(1))) == [SCHEDULED]
         [task] = await here.lease()
@@ -519,8 +567,9 @@ async def test_work_that_was_ready_is_replaced() -> None:
         assert not await here.lease()
 
 
+@pytest.mark.spec("IMP-13")
 async def test_work_that_was_delayed_never_comes_when_the_job_has_ended_elsewhere() -> None:
-    async with imports() as here:  # IMP-13
+    async with imports() as here:
         await here.take(an_import("later", start_at_ms=here.clock.now_ms() + 1_000), an_import("now"))
         await here.take(an_import("later", past(DONE)), an_import("now", past(Cancelled())))
         await here.pass_time(60_000)
@@ -528,8 +577,35 @@ async def test_work_that_was_delayed_never_comes_when_the_job_has_ended_elsewher
         assert here.shard.counts == ShardTotals(2, 2)
 
 
+@pytest.mark.spec("IMP-13")
+async def test_a_replaced_job_gives_its_tickets_to_who_waits_and_stands_behind_them() -> None:
+    async with imports() as here:
+        limits = [at_most(1, "early"), a_rate(9), at_most(1)]
+        await here.shard.enqueue(a_job("j", limits=limits))
+        for id, limit in (("wants early", at_most(1, "early")), ("wants k", at_most(1))):
+            await here.shard.enqueue(a_job(id, limits=[limit]))
+        await here.take(an_import("j", past(), retry_policy=a_policy(1)))
+        assert here.state().held == ()
+        assert isinstance(here.state().pending, Waiting)
+        assert {task.job.id for task in await here.lease()} == {"wants early", "wants k"}
+
+
+@pytest.mark.spec("IMP-12", "IMP-13", "IMP-15")
+async def test_a_replaced_job_that_nobody_waits_behind_gets_its_ticket_again_at_once() -> None:
+    """What it held is free before it is looked at (there it waits for its own ticket first)."""
+    async with imports() as here:
+        await here.shard.enqueue(a_job("j", limits=[at_most(1)]))
+        job = an_import("j", past(), retry_policy=a_policy(1), limits=[at_most(0, "other")])
+        assert await here.take(job) == [SCHEDULED]
+        assert [holder.key for holder in here.state().held] == ["k"]  # The limits of the stored job count.
+        assert here.state().limits == (at_most(1),)
+        [task] = await here.lease()
+        assert task.state.next_attempt_number == 2
+
+
+@pytest.mark.spec("IMP-13", "LSE-28")
 async def test_a_task_that_a_worker_was_about_to_get_is_replaced() -> None:
-    async with imports() as here:  # IMP-13, LSE-28
+    async with imports() as here:
         await here.shard.enqueue(a_job("first"))
         await here.shard.enqueue(a_job("j"))
         await here.shard.lease_tasks(worker_id="w", task_group=GROUP, max_tasks=1)  # Reads ahead.
@@ -537,8 +613,9 @@ async def test_a_task_that_a_worker_was_about_to_get_is_replaced() -> None:
         assert not await here.lease()
 
 
+@pytest.mark.spec("IMP-14")
 async def test_a_cancellation_is_forgotten() -> None:
-    async with imports() as here:  # IMP-14
+    async with imports() as here:
         for outcome, id in ((BROKEN, "a"), (DONE, "b"), (Cancelled(), "c")):
             await here.shard.enqueue(a_job(id))
             await here.shard.cancel(tenant=T, job_id=id)
@@ -547,14 +624,16 @@ async def test_a_cancellation_is_forgotten() -> None:
             assert (state.cancelled_at_ms, state.next_start_ms) == (None, None)
 
 
+@pytest.mark.spec("IMP-14", "IMP-15")
 async def test_a_cancelled_job_runs_again_when_its_history_leaves_retries() -> None:
-    async with imports() as here:  # IMP-14, IMP-15
+    async with imports() as here:
         await here.shard.enqueue(a_job("j"))
         await here.shard.cancel(tenant=T, job_id="j")
         await here.take(an_import("j", past(), retry_policy=a_policy(1)))
         assert (await here.run()).state.next_attempt_number == 2
 
 
+@pytest.mark.spec("IMP-15")
 @pytest.mark.parametrize(
     ("added", "policy", "expected"),
     [
@@ -567,7 +646,7 @@ async def test_a_cancelled_job_runs_again_when_its_history_leaves_retries() -> N
 async def test_the_status_follows_from_the_whole_history(
     added: Outcome, policy: RetryPolicy | None, expected: JobStatus
 ) -> None:
-    async with imports() as here:  # IMP-15
+    async with imports() as here:
         await here.take(an_import("j", past()))
         job = an_import("j", past(), past(added, finished_at_ms=999), retry_policy=policy)
         assert await here.take(job) == [expected]
@@ -576,8 +655,9 @@ async def test_the_status_follows_from_the_whole_history(
         assert state.changed_at_ms == (here.clock.now_ms() if expected is SCHEDULED else 999)
 
 
+@pytest.mark.spec("IMP-16")
 async def test_a_second_import_counts_a_job_once() -> None:
-    async with imports() as here:  # IMP-16
+    async with imports() as here:
         counts = []
         for attempts, retries in ((0, 0), (1, 0), (2, 0), (3, 3), (4, 3)):
             await here.take(an_import("j", *[past()] * attempts, retry_policy=a_policy(retries)))
@@ -585,9 +665,10 @@ async def test_a_second_import_counts_a_job_once() -> None:
         assert counts == [ShardTotals(1, ended) for ended in (0, 1, 1, 0, 1)]
 
 
+@pytest.mark.spec("IMP-17")
 @pytest.mark.parametrize(("attempts", "status"), [([], "Scheduled"), ([past()], "Failed")])
 async def test_the_same_import_twice_fails_the_second_time(attempts: list[PastAttempt], status: str) -> None:
-    async with imports() as here:  # IMP-17
+    async with imports() as here:
         await here.take(an_import("j", *attempts))
         text = refused("reimport must include at least one new attempt", status)
         assert await here.refuse(an_import("j", *attempts, retry_policy=a_policy(9))) == text
@@ -687,10 +768,11 @@ async def test_the_queue_row_of_an_imported_job_has_the_job_along() -> None:
         assert job == here.stored().job
 
 
+@pytest.mark.spec("IMP-3")
 async def test_a_job_that_starts_to_run_while_its_history_is_read_refuses_the_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with imports() as here:  # IMP-3
+    async with imports() as here:
         await here.shard.enqueue(a_job("j"))
         get_many, leased = MemoryStore.get_many, asyncio.Event()
 

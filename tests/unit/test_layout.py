@@ -30,6 +30,7 @@ async def stored(storage: MemoryStorage, value: bytes) -> None:
     await store.close()
 
 
+@pytest.mark.spec("ENT-1", "W-CC-25")
 @pytest.mark.parametrize("count", range(1, 65))
 def test_ranges_cover_everything_without_gap_or_overlap(count: int) -> None:
     ranges = initial_ranges(count)
@@ -43,7 +44,8 @@ def test_ranges_cover_everything_without_gap_or_overlap(count: int) -> None:
         assert sum(range.contains(hashed) for range in ranges) == 1
 
 
-@pytest.mark.parametrize("count", [2, 3, 8, 64])
+@pytest.mark.spec("ENT-1", "W-CC-25", "W-CC-27")
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8, 16, 64])
 def test_a_boundary_belongs_to_the_range_it_begins(count: int) -> None:
     ranges = initial_ranges(count)
     for number, range_ in enumerate(ranges[1:], start=1):
@@ -59,6 +61,19 @@ def test_the_boundaries_are_those_of_the_protocol() -> None:
     assert initial_ranges(1) == [HashRange()]
 
 
+@pytest.mark.spec("W-CC-26")
+@pytest.mark.parametrize("tenant", ["-", "test-tenant", "日本"])
+def test_a_range_of_one_hash_is_for_one_tenant_alone(tenant: str) -> None:
+    hashed = hash_tenant(tenant)
+    after = f"{int(hashed, 16) + 1:016x}"
+    left, alone, right = HashRange("", hashed), HashRange(hashed, after), HashRange(after, "")
+    assert [range.contains(hashed) for range in (left, alone, right)] == [False, True, False]
+    for other in (hash_tenant(f"tenant {n}") for n in range(1000)):
+        assert not alone.contains(other)
+        assert left.contains(other) + right.contains(other) == 1
+
+
+@pytest.mark.spec("ENT-3")
 @pytest.mark.parametrize(("count", "index"), [(2, 0), (4, 1), (8, 3), (16, 7)])
 def test_without_tenancy_all_work_is_in_one_shard(count: int, index: int) -> None:
     assert initial_ranges(count)[index].contains(hash_tenant("-"))

@@ -14,15 +14,18 @@ def delays(count: int, **policy: object) -> list[int]:
     return [retry_delay_ms(chosen, failed, Random(1)) for failed in range(1, count + 1)]
 
 
+@pytest.mark.spec("RET-4")
 def test_the_first_retry_waits_initial_times_factor() -> None:
     assert delays(4, initial_interval_ms=1_000, backoff_factor=2.0) == [2_000, 4_000, 8_000, 16_000]
 
 
+@pytest.mark.spec("RET-4", "RET-6")
 def test_the_cap_counts_after_the_jitter() -> None:
     policy = a_policy(9, initial_interval_ms=900, max_interval_ms=1_000, randomize_interval=True)
     assert {retry_delay_ms(policy, 1, Random(seed)) for seed in range(50)} <= set(range(900, 1_001))
 
 
+@pytest.mark.spec("RET-6")
 def test_jitter_multiplies_by_one_to_two() -> None:
     policy = a_policy(1, initial_interval_ms=1_000, max_interval_ms=10_000, randomize_interval=True)
     drawn = [retry_delay_ms(policy, 1, Random(seed)) for seed in range(500)]
@@ -30,6 +33,7 @@ def test_jitter_multiplies_by_one_to_two() -> None:
     assert 1_950 < max(drawn) <= 2_000
 
 
+@pytest.mark.spec("RET-4")
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [

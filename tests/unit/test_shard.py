@@ -77,6 +77,7 @@ async def test_a_failure_is_retried_after_its_delay_and_then_final() -> None:
         assert [attempt.attempt_number for attempt in view.attempts] == [1, 2]
 
 
+@pytest.mark.spec("LEA-10")
 async def test_an_expired_lease_gives_the_task_to_the_next_worker() -> None:
     clock = VirtualClock()
     async with open_shard(clock=clock) as shard:
@@ -96,6 +97,7 @@ async def test_an_expired_lease_gives_the_task_to_the_next_worker() -> None:
         assert msgspec.msgpack.decode(first.data) == text
 
 
+@pytest.mark.spec("LEA-2", "LEA-3")
 async def test_heartbeats_keep_a_lease_and_tell_of_a_cancellation() -> None:
     clock = VirtualClock()
     async with open_shard(clock=clock) as shard:
@@ -201,6 +203,7 @@ _REFUSALS = {
 }
 
 
+@pytest.mark.spec("SM-7")
 @pytest.mark.parametrize(("verb", "job_id"), _REFUSALS)
 async def test_a_refusal_names_the_reason_and_changes_nothing(verb: str, job_id: str) -> None:
     storage = MemoryStorage()
@@ -214,6 +217,7 @@ async def test_a_refusal_names_the_reason_and_changes_nothing(verb: str, job_id:
         assert storage.snapshot(SHARD) == before
 
 
+@pytest.mark.spec("ENT-4")
 @pytest.mark.parametrize("verb", ["cancel", "restart", "expedite", "lease_one", "get_job"])
 async def test_a_job_of_another_tenant_is_not_found(verb: str) -> None:
     async with open_shard() as shard:
@@ -255,6 +259,7 @@ async def test_a_new_job_under_an_old_id_runs_with_its_own_payload() -> None:
         assert task.job.payload == tuesday.payload
 
 
+@pytest.mark.spec("ENQ-8")
 async def test_of_many_enqueues_with_one_id_one_wins() -> None:
     async with open_shard() as shard:
         answers = await asyncio.gather(
@@ -263,6 +268,7 @@ async def test_of_many_enqueues_with_one_id_one_wins() -> None:
         assert sorted(map(type, answers), key=str) == [JobExists] * 19 + [str]
 
 
+@pytest.mark.spec("LEA-19")
 async def test_of_many_reports_of_one_task_one_counts() -> None:
     storage = MemoryStorage()
     async with open_shard(storage) as shard:
@@ -300,6 +306,7 @@ async def test_commands_that_run_into_each_other_leave_the_job_whole(seed: int) 
         check_snapshot(storage.snapshot(SHARD))
 
 
+@pytest.mark.spec("LSE-16", "ENQ-13")
 async def test_what_is_answered_is_durable() -> None:
     storage = MemoryStorage()
     shard = await reopened(storage, clock=VirtualClock())

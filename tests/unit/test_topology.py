@@ -15,6 +15,7 @@ def shards(count: int) -> list[ShardLocation]:
     return [a_shard(range.start, range.end, id=str(n)) for n, range in enumerate(initial_ranges(count))]
 
 
+@pytest.mark.spec("W-CC-24")
 @pytest.mark.parametrize(
     ("tenant", "hashed"),
     [
@@ -56,6 +57,7 @@ def test_every_hash_has_exactly_one_shard(count: int) -> None:
         assert [shard_for_tenant(hashed, known)] == holders
 
 
+@pytest.mark.spec("W-CC-27")
 def test_a_boundary_belongs_to_the_shard_that_starts_there() -> None:
     left, right = a_shard("", "8000000000000000"), a_shard("8000000000000000", "")
     assert shard_for_tenant("8000000000000000", [left, right]) is right
@@ -93,6 +95,6 @@ def test_addresses_come_once_each_in_the_order_of_the_ranges() -> None:
     assert topology.address_of("gone") is None
 
 
-@pytest.mark.parametrize("address", ["h:1", "http://h:1", "https://h:1"])
+@pytest.mark.parametrize("address", ["h:1", "http://h:1", "https://h:1", "HTTPS://h:1/"])
 def test_an_address_is_used_without_its_scheme(address: str) -> None:
     assert bare_address(address) == "h:1"

@@ -737,7 +737,7 @@ async def test_between_tries_the_topology_is_asked_for_and_the_waits_double(
         async def pause(call: Any, seconds: float) -> None:
             waits.append(seconds)
 
-        monkeypatch.setattr(client, "_pause", pause)
+        monkeypatch.setattr(client._router, "_pause", pause)
         server.always("GetJob", status)
         with pytest.raises(SiloGrpcError, match=status.text):
             await client.get_job("j")

@@ -1,0 +1,435 @@
+"""From a call to the server that can answer it: topology, redirects, retries, tokens."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, cast  # The grpc stub is untyped.
+
+import grpc
+
+from silo.client.connections import Connections
+from silo.client.errors import (
+    ClientClosed,
+    ClusterUnreachable,
+    SiloClientError,
+    TlsError,
+    from_status,
+    is_connectivity_error,
+    is_wrong_shard,
+)
+from silo.client.tls import Tls, TlsOptions, is_loopback, plaintext_objection
+from silo.client.topology import ShardLocation, Topology, bare_address, split_scheme
+from silo.client.types import ShardRouting
+from silo.errors import ConfigError
+from silo.wire.pb.silo.v1 import silo_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+Token = str | Callable[[], Awaitable[str]]
+Server = str | tuple[str, int]
+_DELAY_MS_MAX = 5000
+_OWNER_KEY = "x-silo-shard-owner-addr"
+_UNREACHABLE = "Failed to refresh cluster topology from any server"
+
+
+class Call:
+    """One operation, through all of its tries."""
+
+    def __init__(
+        self,
+        method: str,
+        request: Any,
+        *,
+        job_id: str | None = None,
+        task_id: str | None = None,
+        tenant: str | None = None,
+        shard: str | None = None,
+        server_index: int | None = None,
+        is_tenant_routed: bool = True,
+        is_enqueue: bool = False,
+    ) -> None:
+        self.method = method
+        self.request = request
+        self.job_id = job_id
+        self.task_id = task_id
+        self.tenant = tenant
+        self.shard = shard
+        self.server_index = server_index
+        self.is_tenant_routed = is_tenant_routed
+        self.is_enqueue = is_enqueue
+        self.metadata: tuple[tuple[str, str], ...] = ()
+        self.wait_s = 0.0  # How long the server may take beyond the usual.
+        self.is_ambiguous = False  # A try was not answered: it may have taken effect.
+        self.give_up: asyncio.Event | None = None
+        self.was_insecure = False  # A try failed because of TLS, and the topology was asked for since.
+
+    @property
+    def gives_up(self) -> bool:
+        return self.give_up is not None and self.give_up.is_set()
+
+    def error_from(self, error: grpc.aio.AioRpcError) -> SiloClientError:
+        mapped = from_status(
+            error, job_id=self.job_id, task_id=self.task_id, tenant=self.tenant, is_enqueue=self.is_enqueue
+        )
+        mapped.after_retry = self.is_ambiguous
+        return mapped
+
+
+class Router:
+    """Sends calls to the servers of one cluster. Its arguments are those of `SiloGRPCClient`."""
+
+    def __init__(
+        self,
+        servers: Server | Sequence[Server],
+        *,
+        token: Token | None,
+        tls: bool | TlsOptions | None,
+        routing: ShardRouting,
+        channel_options: Mapping[str, object],
+        rpc_timeout_ms: int,
+        address_map: Mapping[str, str],
+    ) -> None:
+        given = _addresses(servers)
+        if not given:
+            raise ValueError("servers names no server")
+        self.servers = [bare_address(address) for address in given]
+        if rpc_timeout_ms <= 0:
+            raise ValueError(f"rpc_timeout_ms must be positive, not {rpc_timeout_ms}")
+        self._token = token
+        self._routing = routing
+        self._address_map = dict(address_map)
+        options = _tls_options(tls, [*given, *self._address_map.values()])
+        self._tls = None if options is None else Tls(options)
+        self._connections = Connections(tls=self._tls, options=channel_options)
+        self._is_token_safe_at: set[str] = set()
+        self._warned_of_token = False
+        self._timeout_s = rpc_timeout_ms / 1000
+        self._topology = Topology()
+        self._redirects: dict[str, str] = {}
+        self._first_refresh: asyncio.Task[None] | None = None
+        self._background: asyncio.Task[None] | None = None
+        self._is_closed = False
+        self.wrong_shard_retries = 0  # Calls repeated because a server did not have the shard any more.
+
+    def __repr__(self) -> str:
+        return f"Router({self.servers}, {len(self._topology.shards)} shards known)"
+
+    @property
+    def topology(self) -> Topology:
+        """The shards known at the moment."""
+        return self._topology
+
+    async def close(self) -> None:
+        """Close all connections; calls that run and later ones raise ClientClosed."""
+        self._is_closed = True
+        for task in (self._background, self._first_refresh):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
+        await self._connections.close()
+
+    async def reset_shards(self) -> None:
+        """Delete everything on every server, which must be in development mode."""
+        await self.ensure_topology()
+        for address in self._topology.addresses():
+            try:
+                await self._invoke(address, "ResetShards", pb.ResetShardsRequest(), timeout_s=self._timeout_s)
+            except grpc.aio.AioRpcError as error:
+                raise from_status(error) from error
+        self._topology = Topology()
+        self._redirects.clear()
+
+    async def refresh_topology(self) -> None:
+        """Ask the servers, one after another, who owns which shard.
+
+        Raises:
+            ClusterUnreachable: none answered; what was known stays in use.
+            TlsError: none answered, because of TLS.
+        """
+        known = self._connections.addresses()
+        failures: list[tuple[str, Exception]] = []
+        for address in [*known, *(server for server in self.servers if server not in known)]:
+            try:
+                response = await self._invoke(
+                    address,
+                    "GetClusterInfo",
+                    pb.GetClusterInfoRequest(),
+                    timeout_s=self._routing.topology_refresh_timeout_ms / 1000,
+                )
+            except ClientClosed:
+                raise
+            except Exception as error:  # Whatever is wrong with this server: the next one may be well.
+                failures.append((address, error))
+                if address not in known:
+                    self._connections.keep(kept for kept in self._connections.addresses() if kept != address)
+                continue
+            self.check_open()
+            self._adopt(response)
+            return
+        address, failure = max(reversed(failures), key=_weight)
+        if isinstance(failure, TlsError) and all(isinstance(error, TlsError) for _, error in failures):
+            before = f"{_UNREACHABLE}: "
+            raise TlsError(address, failure.reason, before=before, may_recover=False) from failure
+        raise ClusterUnreachable(
+            f"{_UNREACHABLE}: {address}: {_summary(failure)}", may_recover=not _is_final((address, failure))
+        ) from failure
+
+    def _adopt(self, response: pb.GetClusterInfoResponse) -> None:
+        self._topology = Topology.of(
+            ShardLocation(owner.shard_id, self._mapped(owner.grpc_addr), owner.range_start, owner.range_end)
+            for owner in response.shard_owners
+        )
+        self._redirects.clear()
+        addresses = self._topology.addresses()
+        for address in addresses:
+            self._connections.add(address)
+        self._connections.keep(addresses)
+        if self._background is None and self._routing.topology_refresh_interval_ms:
+            self._background = asyncio.get_running_loop().create_task(self._refresh_forever())
+
+    def _mapped(self, address: str) -> str:
+        return bare_address(self._address_map.get(address, address))
+
+    async def _refresh_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._routing.topology_refresh_interval_ms / 1000)
+            try:
+                await self.refresh_topology()
+            except ClusterUnreachable as error:
+                log.warning("[SiloGRPCClient] Failed to refresh topology: %s", error)
+
+    async def ensure_topology(self) -> None:
+        """Load the topology once; callers that come meanwhile share the call."""
+        if self._topology.is_known:
+            return
+        if self._first_refresh is None or self._first_refresh.done():
+            self._first_refresh = asyncio.get_running_loop().create_task(self.refresh_topology())
+            self._first_refresh.add_done_callback(_note_exception)
+        try:
+            await asyncio.shield(self._first_refresh)
+        except asyncio.CancelledError:
+            if not _is_being_cancelled():
+                self.check_open()
+            raise
+
+    def check_open(self) -> None:
+        if self._is_closed:
+            raise ClientClosed("the client is closed")
+
+    # One call
+
+    async def send(self, call: Call) -> Any:
+        """Send until it is answered, following redirects and topology changes."""
+        delay_ms = self._routing.retry_delay_ms
+        unreachable: ClusterUnreachable | None = None
+        for left in range(self._routing.max_retries, -1, -1):
+            try:
+                return await self._send_once(call)
+            except grpc.aio.AioRpcError as error:
+                is_lost = is_connectivity_error(error)
+                failure: SiloClientError = call.error_from(error)
+                if is_lost and unreachable is not None:
+                    failure = ClusterUnreachable(f"{_UNREACHABLE}: {_summary(error)}")
+                failure.__cause__ = error
+                if not (is_lost or is_wrong_shard(error)) or not left or call.gives_up:
+                    raise failure from error
+                self.check_open()
+                call.is_ambiguous |= is_lost
+                self.wrong_shard_retries += not is_lost
+                unreachable = None if self._follow_redirect(call, error) else await self._try_to_refresh()
+            except ClusterUnreachable as error:
+                failure = error
+                if not left or not error.may_recover or call.was_insecure:
+                    raise
+                if isinstance(error, TlsError):
+                    # The address may be another's by now, and the shard somewhere else: look once.
+                    call.was_insecure = call.is_ambiguous = True
+                    await self.refresh_topology()
+            await self._pause(call, delay_ms / 1000)
+            if call.gives_up:
+                raise failure
+            delay_ms = min(2 * delay_ms, _DELAY_MS_MAX)
+        raise AssertionError("the last try returns or raises")
+
+    async def _pause(self, call: Call, seconds: float) -> None:
+        """Wait before the next try: less when its server comes back, or when nobody wants it any more."""
+        sooner: list[asyncio.Task[Any]] = []
+        sooner.append(asyncio.ensure_future(self._connections.reconnected(self._address_for(call))))
+        if call.give_up is not None:
+            sooner.append(asyncio.ensure_future(call.give_up.wait()))
+        try:
+            await asyncio.wait(sooner, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in sooner:
+                task.cancel()
+                task.add_done_callback(_note_exception)
+
+    async def _try_to_refresh(self) -> ClusterUnreachable | None:
+        try:
+            await self.refresh_topology()
+        except ClusterUnreachable as error:
+            if not error.may_recover:
+                raise
+            return error
+        return None
+
+    async def _send_once(self, call: Call) -> Any:
+        self.check_open()
+        if call.is_tenant_routed or call.shard is None:
+            await self.ensure_topology()
+        if call.is_tenant_routed:
+            location = self._topology.locate(call.tenant)
+            call.request.shard = call.shard = location.shard_id
+        elif call.shard is not None:
+            call.request.shard = call.shard
+        return await self._invoke(
+            self._address_for(call),
+            call.method,
+            call.request,
+            timeout_s=self._timeout_s + call.wait_s,
+            metadata=call.metadata,
+        )
+
+    async def _invoke(
+        self,
+        address: str,
+        method: str,
+        request: Any,
+        *,
+        timeout_s: float,
+        metadata: tuple[tuple[str, str], ...] = (),
+    ) -> Any:
+        """One try at one server."""
+        token = await self._current_token()
+        if token:
+            metadata = (*metadata, ("authorization", f"Bearer {token}"))
+            if self._tls is None:
+                self._note_plaintext_token(address)
+        self.check_open()
+        with self._connections.use(address) as stub:
+            try:
+                return await getattr(stub, method)(request, timeout=timeout_s, metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNAVAILABLE:
+                    await self._check_tls(address, error)
+                raise
+            except (asyncio.CancelledError, grpc.aio.UsageError):
+                # A channel that is closed under a call cancels it, although nobody cancelled the caller.
+                if not _is_being_cancelled():
+                    self.check_open()
+                raise
+
+    async def _check_tls(self, address: str, error: grpc.aio.AioRpcError) -> None:
+        """Raise TlsError if a call was not answered because of TLS."""
+        ask = plaintext_objection if self._tls is None else self._tls.objection
+        objection = await ask(address, error.details() or "")
+        if objection is not None:
+            raise TlsError(address, objection) from error
+
+    def _note_plaintext_token(self, address: str) -> None:
+        """Warn, once, before a token goes over a network in the clear. Existing clients do it, too."""
+        if self._warned_of_token or address in self._is_token_safe_at:
+            return
+        if is_loopback(address):
+            self._is_token_safe_at.add(address)
+            return
+        self._warned_of_token = True
+        log.warning(
+            "[SiloGRPCClient] The token is sent to %s without TLS, readable by everyone on the way; "
+            "write https:// before the address, or give tls",
+            address,
+        )
+
+    def _address_for(self, call: Call) -> str:
+        if call.shard is not None:
+            owner = self._redirects.get(call.shard) or self._topology.address_of(call.shard)
+            if owner is not None:
+                return owner
+        elif call.server_index is not None:
+            known = self._connections.addresses()
+            if known:
+                return known[call.server_index % len(known)]
+        return self._connections.any_address() or self.servers[0]
+
+    def _follow_redirect(self, call: Call, error: grpc.aio.AioRpcError) -> bool:
+        if call.shard is None or not is_wrong_shard(error):
+            return False
+        for key, value in error.trailing_metadata() or ():
+            if key == _OWNER_KEY and value:
+                self._redirects[call.shard] = self._mapped(str(value))
+                return True
+        return False
+
+    async def _current_token(self) -> str | None:
+        if isinstance(self._token, str | None):
+            return self._token
+        try:
+            async with asyncio.timeout(self._timeout_s) as scope:
+                return await self._token()
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            raise SiloClientError(f"the token function did not return within {self._timeout_s} s") from error
+
+
+def _addresses(servers: Server | Sequence[Server]) -> list[str]:
+    if isinstance(servers, str) or (len(servers) == 2 and isinstance(servers[1], int)):
+        servers = [cast(Server, servers)]  # One server, not a list of them.
+    return [
+        server if isinstance(server, str) else f"{server[0]}:{server[1]}"
+        for server in cast(Sequence[Server], servers)
+    ]
+
+
+def _tls_options(tls: bool | TlsOptions | None, addresses: Sequence[str]) -> TlsOptions | None:
+    """What `tls` and the schemes of the addresses come to; None is plaintext.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    schemes = {address: split_scheme(address)[1] for address in addresses}
+    secure = next((address for address, asks_for_tls in schemes.items() if asks_for_tls), None)
+    plain = next((address for address, asks_for_tls in schemes.items() if asks_for_tls is False), None)
+    if secure is not None and plain is not None:
+        raise ConfigError(f"{secure} asks for TLS and {plain} for none; a client has one way for all servers")
+    if secure is not None and tls is False:
+        raise ConfigError(f"{secure} asks for TLS, but tls is off; leave one of them out")
+    if plain is not None and tls:
+        raise ConfigError(f"{plain} asks for plaintext, but tls is given; write https://, or no scheme")
+    if isinstance(tls, TlsOptions):
+        return tls
+    return TlsOptions() if tls or secure is not None else None
+
+
+def _is_final(failure: tuple[str, Exception]) -> bool:
+    """Whether waiting cannot help: the cluster is there and refuses us, or no call was made at all."""
+    _, error = failure
+    if isinstance(error, TlsError):
+        return False  # It says nothing of the other servers.
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return True
+    return error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+
+
+def _weight(failure: tuple[str, Exception]) -> int:
+    """How much one of several failures says about why no server answered."""
+    return 2 if _is_final(failure) else isinstance(failure[1], TlsError)
+
+
+def _summary(error: Exception) -> str:
+    if isinstance(error, TlsError):
+        return error.reason
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _is_being_cancelled() -> bool:
+    """Whether somebody cancelled this task, so that a CancelledError must pass through."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _note_exception(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()  # Every caller that still waits gets it; none may be left.

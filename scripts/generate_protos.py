@@ -31,7 +31,7 @@ def generate(out: Path) -> None:
         raise SystemExit("protoc failed")
     # The generator imports by the folders of the sources, as if they were packages of their own.
     folders = "|".join(sorted({re.escape(Path(file).parts[0]) for file in files}))
-    for path in out.rglob("*_pb2_grpc.py"):
+    for path in [*out.rglob("*_pb2*.py"), *out.rglob("*_pb2.pyi")]:
         own = re.sub(
             rf"^from (({folders})[.\w]*) import", rf"from {PACKAGE}.\1 import", path.read_text(), flags=re.M
         )

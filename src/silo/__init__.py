@@ -1,6 +1,7 @@
 """Silo: a durable background job queue whose only store is object storage."""
 
 from silo.client.client import SiloGRPCClient
+from silo.client.enqueue_many import NewJob
 from silo.client.errors import (
     ClientClosed,
     ClusterUnreachable,
@@ -24,11 +25,26 @@ from silo.client.errors import (
     TaskNotFoundError,
     TlsError,
     TopologyError,
+    is_connectivity_error,
 )
 from silo.client.handle import JobHandle
-from silo.client.outcome import Cancelled, Failure, Success
+from silo.client.importing import ImportAttempt, ImportJob, ImportJobResult
+from silo.client.limits import (
+    ConcurrencyLimit,
+    FloatingConcurrencyLimit,
+    GubernatorAlgorithm,
+    GubernatorBehavior,
+    Limit,
+    RateLimit,
+    RateLimitRetryPolicy,
+)
+from silo.client.outcome import Cancelled, Failure, Retry, Success
+from silo.client.querying import QueryColumn, QueryParameter, QueryResult
 from silo.client.tls import TlsOptions
+from silo.client.topology import ShardLocation, shard_for_tenant
 from silo.client.types import (
+    AttemptStatus,
+    Heartbeat,
     Job,
     JobAttempt,
     JobResult,
@@ -37,10 +53,17 @@ from silo.client.types import (
     LeasedTasks,
     RefreshTask,
     RetryPolicy,
+    RpcOptions,
     ShardRouting,
 )
 from silo.errors import ConfigError
 from silo.model.shards import hash_tenant
+from silo.tasks.app import App
+from silo.tasks.current import current_blocking_task, current_task
+from silo.tasks.errors import TaskArgumentError, TaskResultError
+from silo.tasks.function import AsyncTaskFunction, PlainTaskFunction, TaskFunction
+from silo.tasks.handle import TaskHandle
+from silo.tasks.worker import AppWorker
 from silo.wire.payload import PayloadError
 from silo.worker.context import Task, TaskContext
 from silo.worker.errors import ErrorContext
@@ -48,13 +71,25 @@ from silo.worker.refresh import RefreshTaskContext
 from silo.worker.worker import SiloWorker, WorkerMetrics
 
 __all__ = [
+    "App",
+    "AppWorker",
+    "AsyncTaskFunction",
+    "AttemptStatus",
     "Cancelled",
     "ClientClosed",
     "ClusterUnreachable",
+    "ConcurrencyLimit",
     "ConfigError",
     "DuplicateTaskDeliveryError",
     "ErrorContext",
     "Failure",
+    "FloatingConcurrencyLimit",
+    "GubernatorAlgorithm",
+    "GubernatorBehavior",
+    "Heartbeat",
+    "ImportAttempt",
+    "ImportJob",
+    "ImportJobResult",
     "Job",
     "JobAlreadyExistsError",
     "JobAttempt",
@@ -66,10 +101,21 @@ __all__ = [
     "JobTimeoutError",
     "LeasedTask",
     "LeasedTasks",
+    "Limit",
+    "NewJob",
     "PayloadError",
+    "PlainTaskFunction",
+    "QueryColumn",
+    "QueryParameter",
+    "QueryResult",
+    "RateLimit",
+    "RateLimitRetryPolicy",
     "RefreshTask",
     "RefreshTaskContext",
+    "Retry",
     "RetryPolicy",
+    "RpcOptions",
+    "ShardLocation",
     "ShardRouting",
     "SiloAlreadyExistsError",
     "SiloClientError",
@@ -86,12 +132,20 @@ __all__ = [
     "SiloWorker",
     "Success",
     "Task",
+    "TaskArgumentError",
     "TaskContext",
+    "TaskFunction",
+    "TaskHandle",
     "TaskLeaseLostError",
     "TaskNotFoundError",
+    "TaskResultError",
     "TlsError",
     "TlsOptions",
     "TopologyError",
     "WorkerMetrics",
+    "current_blocking_task",
+    "current_task",
     "hash_tenant",
+    "is_connectivity_error",
+    "shard_for_tenant",
 ]

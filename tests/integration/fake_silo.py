@@ -135,6 +135,9 @@ class FakeSilo:
         self.refresh_outcomes[request.task_id] = request
         return pb.ReportRefreshOutcomeResponse()
 
+    def _import_jobs(self, request: Any) -> pb.ImportJobsResponse:
+        return pb.ImportJobsResponse(results=[an_import_result(job.id) for job in request.jobs])
+
     def _heartbeat(self, request: Any) -> pb.HeartbeatResponse:
         is_cancelled = request.task_id in self.cancelled
         return pb.HeartbeatResponse(cancelled=is_cancelled, cancelled_at_ms=7 if is_cancelled else None)
@@ -153,6 +156,8 @@ class FakeSilo:
                 return self._heartbeat(request)
             case "Enqueue":
                 return pb.EnqueueResponse(id=request.id)
+            case "ImportJobs":
+                return self._import_jobs(request)
             case _:
                 return getattr(pb, _SERVICE.methods_by_name[method].output_type.name)()
 
@@ -229,6 +234,11 @@ def a_refresh_task(id: str = "r", **fields: Any) -> pb.RefreshFloatingLimitTask:
     """A refresh task as a server would send it."""
     given = {"queue_key": "q", "current_max_concurrency": 5, "shard": SHARD, "task_group": GROUP} | fields
     return pb.RefreshFloatingLimitTask(id=id, lease_ms=10_000, **given)
+
+
+def an_import_result(id: str = "j", error: str | None = None, **fields: Any) -> pb.ImportJobResult:
+    """What became of an imported job: it waits for its next attempt, unless there is an error."""
+    return pb.ImportJobResult(id=id, success=error is None, error=error, **fields)
 
 
 def value(plain: Any) -> pb.SerializedBytes:

@@ -16,7 +16,12 @@ from silo.storage.memory import MemoryStorage
 
 @asynccontextmanager
 async def real_silo(
-    addr: str = "127.0.0.1:0", *, shards: int = 1, security: Security = OPEN, advertised: str | None = None
+    addr: str = "127.0.0.1:0",
+    *,
+    shards: int = 1,
+    security: Security = OPEN,
+    advertised: str | None = None,
+    extension: bool = True,
 ) -> AsyncIterator[str]:
     """A server that runs while the block runs; its address, which it tells others unless told what to."""
     rng = Random(7)
@@ -39,7 +44,7 @@ async def real_silo(
             rng=rng,
             options=ShardOptions(),
         ) as node,
-        listen(addr, node, security=security) as address,
+        listen(addr, node, security=security, extension=extension) as address,
     ):
         node.advertised_addr = advertised or address
         yield address

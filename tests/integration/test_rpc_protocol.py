@@ -81,7 +81,7 @@ async def test_a_method_that_is_not_there_yet_says_so_by_name(method: str) -> No
 
 
 @pytest.mark.parametrize(
-    "path", ["/silo.v1.Silo/Nothing", "/silo.v2.Silo/GetJob", "/silo.ext.v1.SiloExt/Work"]
+    "path", ["/silo.v1.Silo/Nothing", "/silo.v2.Silo/GetJob", "/silo.ext.v1.SiloExt/Nothing"]
 )
 async def test_an_unknown_method_or_service_is_unimplemented(path: str) -> None:
     async with rpc_server() as server:

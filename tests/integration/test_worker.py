@@ -929,7 +929,7 @@ async def test_task_groups_do_not_see_each_other() -> None:
 
 async def test_an_idle_worker_is_woken_by_work_not_by_its_poll_interval() -> None:
     async with (
-        real_silo() as address,
+        real_silo(extension=False) as address,
         a_client(address) as client,
         a_worker(client, Handler(), poll_interval_ms=3_600_000) as worker,
     ):

@@ -34,7 +34,7 @@ TINY: dict[ModuleType, dict[str, int]] = {
     agenda: {"WINDOW_ROWS": 4},
     timekeeper: {"_TICK_TASKS": 3, "_TICK_ALARMS": 2},
     state: {"ROWS_MAX": 8},
-    limits: {"RECORDS_MAX": 2, "_WINDOW_MIN": 1, "_WINDOW_MAX": 2, "_ROWS_MAX": 4},
+    limits: {"_WINDOW_MIN": 1, "_WINDOW_MAX": 2, "_ROWS_MAX": 4},
     steps: {"STEP_JOBS_MAX": 1},
     limit_chain: {"MOVES_MAX": 1},
     shard_module: {"_SCAN_ROWS": 2, "_DROP_ROWS": 2},
@@ -50,6 +50,8 @@ def tiny_memory() -> Iterator[None]:
         for module, bounds in TINY.items():
             for name, value in bounds.items():
                 patches.setattr(module, name, value)
+        assert limits.Limits.trim.__kwdefaults__ is not None
+        patches.setitem(limits.Limits.trim.__kwdefaults__, "records_max", 2)
         yield
 
 

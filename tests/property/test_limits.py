@@ -191,14 +191,17 @@ class LimitsMachine(ShardMachine):
     def all_holds(self) -> None:
         if not hasattr(self, "jobs"):
             return
-        self.run(self.shard.tick())
-        self.run(self.shard.durable())  # The shard's own tick may have done it all, and not written it yet.
+        self.run(self.settle())
         now_ms = self.clock.now_ms()
         rows = self.storage.snapshot(SHARD)
         after = check_snapshot(rows, now_ms=now_ms, were_dropped=self.were_dropped)
         check_step(self.jobs, after)
         check_grants(self.jobs, after, rows, were_dropped=self.were_dropped)
         self.jobs = after
+
+    async def settle(self) -> None:
+        await self.shard.tick()
+        await self.shard.durable()  # The shard's own tick may have done it all, and not written it yet.
 
     def teardown(self) -> None:
         try:

@@ -90,9 +90,12 @@ def server(
 
 @app.command()
 def worker(  # noqa: PLR0917  # Typer passes them by name.
-    handler: Annotated[str, typer.Argument(metavar="MODULE:OBJECT", help="The function that runs jobs.")],
-    task_group: Annotated[
-        str | None, typer.Option(help="The task group to poll; a SiloWorker brings its own.")
+    target: Annotated[
+        str, typer.Argument(metavar="MODULE:OBJECT", help="An App, an async function, or a SiloWorker.")
+    ],
+    task_group: Annotated[str | None, typer.Option(help="The task group of an async function.")] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Task groups of an App to work on, as a,b; all without.")
     ] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Jobs to run at the same time; 10 without.")
@@ -115,23 +118,36 @@ def worker(  # noqa: PLR0917  # Typer passes them by name.
         Path | None, typer.Option(help="PEM file with a certificate for servers that ask for one.")
     ] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM file with its private key.")] = None,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="Start again when a Python file here changes; for development.")
+    ] = False,
 ) -> None:
-    """Run jobs with an async function of yours, or a SiloWorker of yours, until Ctrl-C."""
+    """Run the tasks of an App of yours, or jobs with an async function or a SiloWorker, until Ctrl-C."""
     from silo import TlsOptions
-    from silo.cli.worker import run_worker
+    from silo.cli.reload import run_reloading
+    from silo.cli.worker import WorkerSettings, run_worker
 
+    if reload:
+        try:
+            run_reloading([argument for argument in sys.argv[1:] if argument != "--reload"])
+        except ConfigError as error:
+            _fail(f"Error: {error}")
+        return
     set_up_logging("text", levels=os.environ.get("SILO_LOG"))
     names_files = tls_ca is not None or tls_cert is not None or tls_key is not None
     files = TlsOptions(ca_path=tls_ca, cert_path=tls_cert, key_path=tls_key)
     try:
         run_worker(
-            handler,
-            task_group=task_group,
-            concurrency=concurrency,
-            servers=server,
-            tenant=tenant,
-            token=token,
-            tls=files if names_files else tls or None,
+            target,
+            WorkerSettings(
+                task_group=task_group,
+                groups=None if groups is None else [name.strip() for name in groups.split(",")],
+                concurrency=concurrency,
+                servers=server,
+                tenant=tenant,
+                token=token,
+                tls=files if names_files else tls or None,
+            ),
         )
     except (SiloError, OSError) as error:
         _fail(f"Error: {error}")

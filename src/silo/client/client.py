@@ -2,11 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, overload  # Payloads are the application's; the grpc stub is untyped.
+from typing import TYPE_CHECKING, Any, overload  # Payloads are the application's; the grpc stub is untyped.
 
-from silo.client import messages
+from silo.client import importing, messages, querying
+from silo.client.enqueue_many import NewJob, enqueue_all
 from silo.client.errors import (
     JobAlreadyExistsError,
     JobNotTerminalError,
@@ -15,7 +16,10 @@ from silo.client.errors import (
 )
 from silo.client.handle import JobHandle
 from silo.client.ids import new_job_id
-from silo.client.router import Call, Router, Server, Token
+from silo.client.importing import ImportJob, ImportJobResult
+from silo.client.limits import Limit
+from silo.client.querying import QueryParameter, QueryResult
+from silo.client.router import Call, EveryRpc, Router, Server, Token
 from silo.client.tls import TlsOptions
 from silo.client.topology import ShardLocation
 from silo.client.types import (
@@ -29,16 +33,21 @@ from silo.client.types import (
     RetryPolicy,
     ShardRouting,
 )
-from silo.wire import payload as values
+from silo.client.watching import Watcher
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import Meter
 
 
 class SiloGRPCClient:
     """A client of a Silo cluster. Safe to share by everything that runs on one event loop.
 
     It finds out by itself which server has which shard, follows redirects, and rides through
-    restarts: a call is repeated with growing waits, for about 23 s with the defaults. An error
+    restarts: a call is repeated with growing waits, for 11 to 23 s with the defaults. An error
     after a repetition says so in `after_retry`: an earlier try may have taken effect.
+
+    With OpenTelemetry installed, as by the extra `otel`, each call carries the span in which it is made.
 
     Args:
         servers: one address or several, `"host:port"` or `("host", port)` each. `https://` before them
@@ -52,7 +61,12 @@ class SiloGRPCClient:
         shard_routing: retries and topology refreshes.
         grpc_client_options: channel options, over the defaults.
         rpc_timeout_ms: deadline of each single try; a call that waits for work gets that wait on top.
+        rpc_options: deadline and metadata of each single try, or a function that is asked for them before
+            every one and may answer None. With it enqueues travel one by one. Otherwise those that come
+            together share a call, and the trace context of the first of them.
         address_map: advertised address to the address to dial.
+        meter: where repetitions are counted if OpenTelemetry is installed; the global meter `silo-client`
+            if left out.
 
     Raises:
         ConfigError: a file of `tls` is missing or unusable, or `servers` and `tls` contradict each other.
@@ -68,7 +82,9 @@ class SiloGRPCClient:
         shard_routing: ShardRouting | None = None,
         grpc_client_options: Mapping[str, object] | None = None,
         rpc_timeout_ms: int = 30_000,
+        rpc_options: EveryRpc | None = None,
         address_map: Mapping[str, str] | None = None,
+        meter: "Meter | None" = None,
     ) -> None:
         self._router = Router(
             servers,
@@ -77,8 +93,11 @@ class SiloGRPCClient:
             routing=shard_routing or ShardRouting(),
             channel_options=grpc_client_options or {},
             rpc_timeout_ms=rpc_timeout_ms,
+            rpc_options=rpc_options,
             address_map=address_map or {},
+            meter=meter,
         )
+        self._watcher = Watcher(self._router)
 
     @property
     def wrong_shard_retries(self) -> int:
@@ -88,6 +107,11 @@ class SiloGRPCClient:
     def __repr__(self) -> str:
         shards = len(self._router.topology.shards)
         return f"SiloGRPCClient({self._router.servers}, {shards} shards known)"
+
+    @property
+    def router(self) -> Router:
+        """How calls find their servers; for the rest of this SDK."""
+        return self._router
 
     async def __aenter__(self) -> "SiloGRPCClient":
         return self
@@ -102,6 +126,7 @@ class SiloGRPCClient:
 
         Stop workers that use the client first.
         """
+        await self._watcher.close()
         await self._router.close()
 
     # Jobs
@@ -116,6 +141,7 @@ class SiloGRPCClient:
         start_at_ms: int | None = None,
         delay: float | None = None,
         retry_policy: RetryPolicy | None = None,
+        limits: Sequence[Limit] = (),
         tenant: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> JobHandle:
@@ -128,12 +154,14 @@ class SiloGRPCClient:
             priority: 0 runs first, 99 last.
             start_at_ms: earliest start, epoch milliseconds; now if left out.
             delay: seconds from now, instead of `start_at_ms`.
+            limits: what the job must pass before it runs, in this order.
 
         Raises:
             JobAlreadyExistsError: the id is taken; with `after_retry` perhaps by this very call, whose
                 first answer was lost.
             SiloInvalidArgumentError: an argument is out of bounds; the text names it.
             PayloadError: the payload cannot be encoded; nothing was sent.
+            ValueError, TypeError: an argument does not even fit into a message; nothing was sent.
             ClusterUnreachable: no server answered; the job may exist if an id was lost on the way.
         """
         if delay is not None:
@@ -141,17 +169,19 @@ class SiloGRPCClient:
                 raise ValueError("give start_at_ms or delay, not both")
             start_at_ms = time.time_ns() // 1_000_000 + round(delay * 1000)
         job_id = id or new_job_id()
-        request = pb.EnqueueRequest(
+        request = messages.enqueue_to_pb(
             id=job_id,
-            priority=priority,
-            start_at_ms=start_at_ms or 0,
-            payload=pb.SerializedBytes(msgpack=values.encode(payload)),
-            tenant=tenant or None,
-            metadata=metadata or {},
+            payload=payload,
             task_group=task_group,
-            retry_policy=None if retry_policy is None else messages.retry_policy_to_pb(retry_policy),
+            priority=priority,
+            start_at_ms=start_at_ms,
+            retry_policy=retry_policy,
+            limits=limits,
+            tenant=tenant,
+            metadata=metadata or {},
         )
-        call = Call("Enqueue", request, job_id=job_id, tenant=tenant, is_enqueue=True)
+        # Errors name the job only to those who know its id.
+        call = Call("Enqueue", request, job_id=id or None, tenant=tenant, is_enqueue=True)
         try:
             response = await self._router.send(call)
         except JobAlreadyExistsError as error:
@@ -161,6 +191,50 @@ class SiloGRPCClient:
                 raise
             return JobHandle(self, job_id, tenant)
         return JobHandle(self, response.id or job_id, tenant)
+
+    def enqueue_many(self, jobs: Iterable[NewJob] | AsyncIterable[NewJob]) -> AsyncIterator[JobHandle]:
+        """Enqueue jobs of an iterable of any length; a handle for each, in order, once it is durable.
+
+        ```python
+        async for handle in client.enqueue_many(NewJob(payload=n, task_group="g") for n in range(1_000_000)):
+            ...
+        ```
+
+        Some thousand jobs are under way at a time, and no more of the iterable is read than that. Raises
+        like `enqueue` for the first job that is refused; jobs after it may have been enqueued.
+        """
+        return enqueue_all(self._enqueue_new, jobs)
+
+    async def _enqueue_new(self, job: NewJob) -> JobHandle:
+        return await self.enqueue(
+            payload=job.payload,
+            task_group=job.task_group,
+            id=job.id,
+            priority=job.priority,
+            start_at_ms=job.start_at_ms,
+            delay=job.delay,
+            retry_policy=job.retry_policy,
+            limits=job.limits,
+            tenant=job.tenant,
+            metadata=job.metadata,
+        )
+
+    async def import_jobs(self, jobs: Iterable[ImportJob]) -> list[ImportJobResult]:
+        """Import jobs that began elsewhere; returns when those that succeeded are durable.
+
+        Jobs of one tenant travel together, one tenant after another. To import a job again with the same
+        id, with further attempts, brings it up to date, unless it runs here or has succeeded.
+
+        Returns:
+            One result for each job, in the same order. A job that is refused is a result, not an exception.
+
+        Raises:
+            SiloFailedPreconditionError: a job runs here; jobs before it may have been imported.
+            SiloClientError: the call failed for one tenant; jobs of tenants before it have been imported.
+            PayloadError: a payload, result or error data cannot be encoded; nothing was sent.
+            ValueError, TypeError: a job does not fit into a message; nothing was sent.
+        """
+        return await importing.import_jobs(self._router, jobs)
 
     def handle(self, id: str, tenant: str | None = None) -> JobHandle:
         """A handle on a job; nothing is sent, and the job need not exist."""
@@ -202,6 +276,15 @@ class SiloGRPCClient:
             status = error.grpc_message.rpartition(" ")[2]
             raise JobNotTerminalError(id, tenant, status if status in JOB_STATUSES else None) from error
         return messages.job_result_from_pb(response)
+
+    async def wait_for_result(self, id: str, tenant: str | None = None) -> JobResult[Any]:
+        """How the job ended, once it has: the server tells, and is not asked again and again.
+
+        Raises:
+            JobNotFoundError: there is no such job (any more).
+            WatchUnsupported: the server only speaks `silo.v1`.
+        """
+        return await self._watcher.result(id, tenant)
 
     async def delete_job(self, id: str, tenant: str | None = None) -> None:
         """Delete a job that has ended. One that does not exist is no error."""
@@ -343,6 +426,26 @@ class SiloGRPCClient:
         return Heartbeat(response.cancelled, at_ms)
 
     # Cluster
+
+    async def query(
+        self, sql: str, tenant: str | None = None, parameters: Iterable[QueryParameter] = ()
+    ) -> QueryResult:
+        """Run SQL in one shard, that of the tenant.
+
+        The result is not restricted to the tenant: say so in the SQL.
+
+        Args:
+            parameters: values of `$1`, `$2` and so on. An int beyond 63 bits is sent unsigned, a float always
+                as a float.
+
+        Raises:
+            SiloInvalidArgumentError: the SQL or its parameters are wrong.
+            SiloResourceExhaustedError: too many statements run, or the result is too large.
+            SiloDeadlineExceededError: it took longer than the server lets statements run; not tried again.
+            ValueError, TypeError: a parameter has no form in SQL; nothing was sent.
+        """
+        request = querying.query_to_pb(sql, tenant=tenant, parameters=parameters)
+        return querying.result_from_pb(await self._router.send(Call("Query", request, tenant=tenant)))
 
     async def reset_shards(self) -> None:
         """Delete everything on every server, which must be in development mode."""

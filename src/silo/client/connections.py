@@ -14,6 +14,7 @@ from typing import Any  # The grpc stub is untyped.
 import grpc
 
 from silo.client.tls import Tls
+from silo.wire.pb.silo.ext.v1 import ext_pb2_grpc
 from silo.wire.pb.silo.v1 import silo_pb2_grpc
 
 _RETRY_EXHAUSTED = {
@@ -34,6 +35,9 @@ _RETRY_EXHAUSTED = {
 CHANNEL_DEFAULTS: Mapping[str, object] = {
     "grpc.keepalive_time_ms": 5000,
     "grpc.keepalive_timeout_ms": 1000,
+    # What counts in newer versions of gRPC, which look at the line above no more: without this one a
+    # server that vanished is not noticed, and calls to it wait for their deadlines.
+    "grpc.http2.ping_timeout_ms": 5000,
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.http2.max_pings_without_data": 0,
     "grpc.max_send_message_length": 128 << 20,
@@ -53,6 +57,7 @@ class _Connection:
     def __init__(self, channel: Any) -> None:
         self.channel = channel
         self.stub = silo_pb2_grpc.SiloStub(channel)
+        self.extension = ext_pb2_grpc.SiloExtStub(channel)
         self.calls = 0
 
 
@@ -83,13 +88,13 @@ class Connections:
         self._open[address] = _Connection(channel)
 
     @contextmanager
-    def use(self, address: str) -> Iterator[Any]:
-        """The stub for an address. The channel stays open while the block runs."""
+    def use(self, address: str) -> Iterator[_Connection]:
+        """The connection to an address. Its channel stays open while the block runs."""
         self.add(address)
         connection = self._open[address]
         connection.calls += 1
         try:
-            yield connection.stub
+            yield connection
         finally:
             connection.calls -= 1
             self._close_if_done(connection)

@@ -109,6 +109,7 @@ class TaskLeaseLostError(SiloClientError):
         super().__init__(f'Lease lost for task "{task_id}" (job "{job_id}"): {cause}')
         self.task_id = task_id
         self.job_id = job_id
+        self.cause = cause
         self.__cause__ = cause
 
 
@@ -204,10 +205,9 @@ def from_status(
 ) -> SiloClientError:
     """The error for a status, by what the call was about."""
     status, text = error.code(), error.details() or ""
-    is_duplicate = status is grpc.StatusCode.ALREADY_EXISTS or (
-        status is grpc.StatusCode.INTERNAL and JOB_EXISTS in text
-    )
-    if is_enqueue and is_duplicate:
+    if status is grpc.StatusCode.ALREADY_EXISTS and (is_enqueue or job_id is not None):
+        return JobAlreadyExistsError(job_id, tenant, text)
+    if is_enqueue and status is grpc.StatusCode.INTERNAL and JOB_EXISTS in text:
         return JobAlreadyExistsError(job_id, tenant, text)
     if status is grpc.StatusCode.NOT_FOUND:
         if task_id is not None:
@@ -218,7 +218,10 @@ def from_status(
 
 
 def is_connectivity_error(error: BaseException) -> bool:
-    """Whether the server could not be reached or did not answer, so that another try may help."""
+    """Whether the server could not be reached or did not answer, so that another try may help.
+
+    The error is one of gRPC, which errors of this client have as their `__cause__`; False for any other.
+    """
     if not isinstance(error, grpc.aio.AioRpcError):
         return False
     text = error.details() or ""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from silo.client.errors import JobNotTerminalError, JobTimeoutError
 from silo.client.types import Job, JobResult, JobStatus
+from silo.client.watching import WatchUnsupported
 
 if TYPE_CHECKING:
     from silo.client.client import SiloGRPCClient
@@ -46,8 +47,22 @@ class JobHandle:
             JobTimeoutError: it had not ended by then.
             JobNotFoundError: there is no such job (any more).
         """
+        deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
+        if timeout is None or timeout > 0:
+            try:
+                async with asyncio.timeout_at(deadline) as scope:
+                    return await self._client.wait_for_result(self.id, self.tenant)
+            except WatchUnsupported:
+                pass
+            except TimeoutError as error:
+                if not scope.expired():
+                    raise
+                raise JobTimeoutError(self.id, round((timeout or 0) * 1000)) from error
+        return await self._poll(timeout, deadline)
+
+    async def _poll(self, timeout: float | None, deadline: float | None) -> JobResult[Any]:
+        """Look again and again."""
         loop = asyncio.get_running_loop()
-        deadline = None if timeout is None else loop.time() + timeout
         pause_s = _POLL_S_FIRST
         while True:
             try:

@@ -1,8 +1,10 @@
 """Between protobuf messages and what the client takes and gives."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 from silo.client.errors import JobNotTerminalError, SiloClientError
+from silo.client.limits import Limit, limits_from_pb, limits_to_pb
 from silo.client.outcome import Cancelled, Failure, Success
 from silo.client.types import (
     ATTEMPT_STATUSES,
@@ -18,11 +20,44 @@ from silo.client.types import (
     RetryPolicy,
 )
 from silo.wire.payload import decode, decode_tolerant, encode
+from silo.wire.pb.silo.ext.v1 import ext_pb2 as ext
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
 
 Outcome: TypeAlias = Success[Any] | Failure | Cancelled
 _UINT32_MAX = 2**32 - 1
 _NEW_MAX = f"the new max_concurrency must be an int from 0 to {_UINT32_MAX}"
+
+
+def enqueue_to_pb(
+    *,
+    id: str,
+    payload: object,
+    task_group: str,
+    priority: int,
+    start_at_ms: int | None,
+    retry_policy: RetryPolicy | None,
+    limits: Iterable[Limit],
+    tenant: str | None,
+    metadata: Mapping[str, str],
+) -> pb.EnqueueRequest:
+    """The new job; its shard is filled in when it is sent.
+
+    Raises:
+        PayloadError: the payload cannot be encoded.
+        ValueError: a number is out of the range that the wire has for it.
+        TypeError: a value is of another type.
+    """
+    return pb.EnqueueRequest(
+        id=id,
+        priority=priority,
+        start_at_ms=start_at_ms or 0,
+        payload=pb.SerializedBytes(msgpack=encode(payload)),
+        retry_policy=None if retry_policy is None else retry_policy_to_pb(retry_policy),
+        limits=limits_to_pb(limits),
+        tenant=tenant or None,
+        metadata=metadata,
+        task_group=task_group,
+    )
 
 
 def retry_policy_to_pb(policy: RetryPolicy) -> pb.RetryPolicy:
@@ -72,6 +107,7 @@ def job_from_pb(response: pb.GetJobResponse) -> Job:
         attempts=tuple(map(attempt_from_pb, response.attempts)) or None,
         next_attempt_starts_after_ms=starts if response.HasField("next_attempt_starts_after_ms") else None,
         result=decode_tolerant(response.result.msgpack),
+        limits=limits_from_pb(response.limits),
     )
 
 
@@ -120,6 +156,7 @@ def task_from_pb(task: pb.Task) -> LeasedTask:
         shard=task.shard,
         task_group=task.task_group,
         lease_ms=task.lease_ms,
+        limits=limits_from_pb(task.limits),
     )
 
 
@@ -137,7 +174,7 @@ def refresh_task_from_pb(task: pb.RefreshFloatingLimitTask) -> RefreshTask:
     )
 
 
-def leased_from_pb(response: pb.LeaseTasksResponse) -> LeasedTasks:
+def leased_from_pb(response: pb.LeaseTasksResponse | ext.WorkResponse) -> LeasedTasks:
     return LeasedTasks(
         tasks=tuple(map(task_from_pb, response.tasks)),
         refresh_tasks=tuple(map(refresh_task_from_pb, response.refresh_tasks)),
@@ -170,14 +207,23 @@ def refresh_success_to_pb(
     Raises:
         ValueError: it is no number that a limit can have.
     """
+    return pb.ReportRefreshOutcomeRequest(
+        task_id=task_id, tenant_id=tenant or None, success=refresh_success(new_max_concurrency)
+    )
+
+
+def refresh_success(new_max_concurrency: int) -> pb.RefreshSuccess:
+    """The new maximum of a floating limit.
+
+    Raises:
+        ValueError: it is no number that a limit can have.
+    """
     value: object = new_max_concurrency  # It may be what a handler returned, which is anything.
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{_NEW_MAX}, not a {type(value).__name__}")
     if not 0 <= value <= _UINT32_MAX:
         raise ValueError(f"{_NEW_MAX}, not {value if value.bit_length() < 64 else 'a number that large'}")
-    return pb.ReportRefreshOutcomeRequest(
-        task_id=task_id, tenant_id=tenant or None, success=pb.RefreshSuccess(new_max_concurrency=value)
-    )
+    return pb.RefreshSuccess(new_max_concurrency=value)
 
 
 def refresh_failure_to_pb(

@@ -1,6 +1,7 @@
 """What a handler says about its task."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Generic, TypeVar
 
 R = TypeVar("R")
@@ -17,13 +18,34 @@ class Success(Generic[R]):
 class Failure:
     """The attempt failed; the job's retry policy decides what follows.
 
-    `HANDLER_ERROR` and `WORKER_CRASHED` are used by Silo itself.
+    With `is_final` the job fails, whatever its policy still allows; towards a server that only speaks
+    `silo.v1` that is ignored. `HANDLER_ERROR`, `TIMEOUT` and `WORKER_CRASHED` are used by Silo itself.
     """
 
     code: str
     data: object = None
+    is_final: bool = False
 
 
 @dataclass(frozen=True)
 class Cancelled:
     """The job ends as cancelled, without retries."""
+
+
+class Retry(Exception):
+    """Raise it in a handler to run the job again later, without counting this as an attempt.
+
+    For what is nobody's fault: a service that is away, a lock that somebody has. The job gives back its
+    tickets and passes its limits again when it is due. Towards a server that only speaks `silo.v1` it is
+    a failure `RETRY`, which counts and follows the job's retry policy.
+
+    Args:
+        after: seconds, or a timedelta; not negative.
+    """
+
+    def __init__(self, *, after: float | timedelta = 0.0) -> None:
+        after_s = after.total_seconds() if isinstance(after, timedelta) else after
+        if not after_s >= 0:
+            raise ValueError(f"after must not be negative, not {after_s}")
+        super().__init__(f"run again after {after_s} s")
+        self.after_s = after_s

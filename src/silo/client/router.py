@@ -2,11 +2,18 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, cast  # The grpc stub is untyped.
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from contextvars import Context
+from functools import partial
+from random import Random
+from typing import TYPE_CHECKING, Any, cast  # The grpc stub is untyped.
 
 import grpc
 
+from silo.client import tracing
+from silo.client.backoff import Backoff
+from silo.client.batching import Batcher
 from silo.client.connections import Connections
 from silo.client.errors import (
     ClientClosed,
@@ -19,15 +26,21 @@ from silo.client.errors import (
 )
 from silo.client.tls import Tls, TlsOptions, is_loopback, plaintext_objection
 from silo.client.topology import ShardLocation, Topology, bare_address, split_scheme
-from silo.client.types import ShardRouting
+from silo.client.types import RpcOptions, ShardRouting
 from silo.errors import ConfigError
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import Meter
 
 log = logging.getLogger(__name__)
 
 Token = str | Callable[[], Awaitable[str]]
 Server = str | tuple[str, int]
-_DELAY_MS_MAX = 5000
+EveryRpc = RpcOptions | Callable[[], RpcOptions | None]
+_AS_USUAL = RpcOptions()
+_PLAIN_S = 60.0  # Until a server that did not know the extension is asked again.
+_EXTENSION = frozenset({"EnqueueMany", "WatchJob"})
 _OWNER_KEY = "x-silo-shard-owner-addr"
 _UNREACHABLE = "Failed to refresh cluster topology from any server"
 
@@ -47,7 +60,9 @@ class Call:
         server_index: int | None = None,
         is_tenant_routed: bool = True,
         is_enqueue: bool = False,
+        parts: Sequence[Any] | None = None,
     ) -> None:
+        """`parts`: the messages that name the shard, if it is not the request itself."""
         self.method = method
         self.request = request
         self.job_id = job_id
@@ -57,6 +72,7 @@ class Call:
         self.server_index = server_index
         self.is_tenant_routed = is_tenant_routed
         self.is_enqueue = is_enqueue
+        self._parts = (request,) if parts is None else parts
         self.metadata: tuple[tuple[str, str], ...] = ()
         self.wait_s = 0.0  # How long the server may take beyond the usual.
         self.is_ambiguous = False  # A try was not answered: it may have taken effect.
@@ -66,6 +82,11 @@ class Call:
     @property
     def gives_up(self) -> bool:
         return self.give_up is not None and self.give_up.is_set()
+
+    def name_shard(self, shard_id: str) -> None:
+        self.shard = shard_id
+        for part in self._parts:
+            part.shard = shard_id
 
     def error_from(self, error: grpc.aio.AioRpcError) -> SiloClientError:
         mapped = from_status(
@@ -87,7 +108,9 @@ class Router:
         routing: ShardRouting,
         channel_options: Mapping[str, object],
         rpc_timeout_ms: int,
+        rpc_options: EveryRpc | None,
         address_map: Mapping[str, str],
+        meter: "Meter | None",
     ) -> None:
         given = _addresses(servers)
         if not given:
@@ -104,12 +127,18 @@ class Router:
         self._is_token_safe_at: set[str] = set()
         self._warned_of_token = False
         self._timeout_s = rpc_timeout_ms / 1000
+        self._rpc_options = rpc_options
+        self._rng = Random()
         self._topology = Topology()
         self._redirects: dict[str, str] = {}
+        self._batchers: dict[str, Batcher] = {}
+        self._plain_until: dict[str, float] = {}  # Servers that only speak `silo.v1`, as of a while ago.
+        self._watchers: dict[Callable[[], None], None] = {}
         self._first_refresh: asyncio.Task[None] | None = None
         self._background: asyncio.Task[None] | None = None
         self._is_closed = False
         self.wrong_shard_retries = 0  # Calls repeated because a server did not have the shard any more.
+        self._count_wrong_shard = tracing.wrong_shard_counter(meter)
 
     def __repr__(self) -> str:
         return f"Router({self.servers}, {len(self._topology.shards)} shards known)"
@@ -133,7 +162,7 @@ class Router:
         await self.ensure_topology()
         for address in self._topology.addresses():
             try:
-                await self._invoke(address, "ResetShards", pb.ResetShardsRequest(), timeout_s=self._timeout_s)
+                await self._invoke(address, "ResetShards", pb.ResetShardsRequest())
             except grpc.aio.AioRpcError as error:
                 raise from_status(error) from error
         self._topology = Topology()
@@ -184,8 +213,19 @@ class Router:
         for address in addresses:
             self._connections.add(address)
         self._connections.keep(addresses)
+        self._batchers = {name: kept for name, kept in self._batchers.items() if name in addresses}
+        for callback in list(self._watchers):
+            callback()
         if self._background is None and self._routing.topology_refresh_interval_ms:
-            self._background = asyncio.get_running_loop().create_task(self._refresh_forever())
+            # In no context: the call that happens to be the first is not what later refreshes are for.
+            self._background = asyncio.get_running_loop().create_task(
+                self._refresh_forever(), context=Context()
+            )
+
+    def watch_topology(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` whenever servers told who owns what; returns how to stop it."""
+        self._watchers[callback] = None
+        return lambda: self._watchers.pop(callback, None) and None
 
     def _mapped(self, address: str) -> str:
         return bare_address(self._address_map.get(address, address))
@@ -220,9 +260,9 @@ class Router:
 
     async def send(self, call: Call) -> Any:
         """Send until it is answered, following redirects and topology changes."""
-        delay_ms = self._routing.retry_delay_ms
+        backoff = self.backoff()
         unreachable: ClusterUnreachable | None = None
-        for left in range(self._routing.max_retries, -1, -1):
+        while True:
             try:
                 return await self._send_once(call)
             except grpc.aio.AioRpcError as error:
@@ -231,25 +271,50 @@ class Router:
                 if is_lost and unreachable is not None:
                     failure = ClusterUnreachable(f"{_UNREACHABLE}: {_summary(error)}")
                 failure.__cause__ = error
-                if not (is_lost or is_wrong_shard(error)) or not left or call.gives_up:
+                if not (is_lost or is_wrong_shard(error)) or backoff.is_used_up or call.gives_up:
                     raise failure from error
                 self.check_open()
                 call.is_ambiguous |= is_lost
-                self.wrong_shard_retries += not is_lost
+                if not is_lost:
+                    self._note_wrong_shard()
                 unreachable = None if self._follow_redirect(call, error) else await self._try_to_refresh()
             except ClusterUnreachable as error:
                 failure = error
-                if not left or not error.may_recover or call.was_insecure:
+                if backoff.is_used_up or not error.may_recover or call.was_insecure:
                     raise
                 if isinstance(error, TlsError):
                     # The address may be another's by now, and the shard somewhere else: look once.
                     call.was_insecure = call.is_ambiguous = True
                     await self.refresh_topology()
-            await self._pause(call, delay_ms / 1000)
+            wait_s = backoff.next_wait_s()
+            if wait_s is None:
+                raise failure
+            await self._pause(call, wait_s)
             if call.gives_up:
                 raise failure
-            delay_ms = min(2 * delay_ms, _DELAY_MS_MAX)
-        raise AssertionError("the last try returns or raises")
+
+    def backoff(self) -> Backoff:
+        """The waits of a call that begins now."""
+        return Backoff(self._routing, self._rng)
+
+    async def looked_again(self, backoff: Backoff) -> bool:
+        """Look for owners, and wait, before what a server refused inside of its answer is sent again.
+
+        False, and at once, when `backoff` has no try left.
+        """
+        if backoff.is_used_up:
+            return False
+        self._note_wrong_shard()
+        await self._try_to_refresh()
+        wait_s = backoff.next_wait_s()
+        if wait_s is None:
+            return False
+        await asyncio.sleep(wait_s)
+        return True
+
+    def _note_wrong_shard(self) -> None:
+        self.wrong_shard_retries += 1
+        self._count_wrong_shard()
 
     async def _pause(self, call: Call, seconds: float) -> None:
         """Wait before the next try: less when its server comes back, or when nobody wants it any more."""
@@ -278,17 +343,34 @@ class Router:
         if call.is_tenant_routed or call.shard is None:
             await self.ensure_topology()
         if call.is_tenant_routed:
-            location = self._topology.locate(call.tenant)
-            call.request.shard = call.shard = location.shard_id
+            call.name_shard(self._topology.locate(call.tenant).shard_id)
         elif call.shard is not None:
-            call.request.shard = call.shard
+            call.name_shard(call.shard)
+        address = self._address_for(call)
+        if call.method == "Enqueue" and self._may_batch(address):
+            try:
+                return await self._batcher(address).enqueue(call.request)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    self._plain_until[address] = asyncio.get_running_loop().time() + _PLAIN_S
+                elif error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    raise  # What is too much at the moment is sent again by the channel, one by one.
         return await self._invoke(
-            self._address_for(call),
-            call.method,
-            call.request,
-            timeout_s=self._timeout_s + call.wait_s,
-            metadata=call.metadata,
+            address, call.method, call.request, wait_s=call.wait_s, metadata=call.metadata
         )
+
+    def _may_batch(self, address: str) -> bool:
+        """Whether enqueues may travel together: not those that each bring metadata of their own."""
+        if self._rpc_options is not None:
+            return False
+        until_s = self._plain_until.get(address)
+        return until_s is None or until_s <= asyncio.get_running_loop().time()
+
+    def _batcher(self, address: str) -> Batcher:
+        batcher = self._batchers.get(address)
+        if batcher is None:
+            batcher = self._batchers[address] = Batcher(partial(self._invoke, address, "EnqueueMany"))
+        return batcher
 
     async def _invoke(
         self,
@@ -296,19 +378,21 @@ class Router:
         method: str,
         request: Any,
         *,
-        timeout_s: float,
+        timeout_s: float | None = None,
+        wait_s: float = 0.0,
         metadata: tuple[tuple[str, str], ...] = (),
     ) -> Any:
-        """One try at one server."""
-        token = await self._current_token()
-        if token:
-            metadata = (*metadata, ("authorization", f"Bearer {token}"))
-            if self._tls is None:
-                self._note_plaintext_token(address)
+        """One try at one server, with `timeout_s`, or with the usual deadline and `wait_s` on top."""
+        options = self._options_now()
+        if timeout_s is None:
+            usual_s = self._timeout_s if options.timeout_ms is None else options.timeout_ms / 1000
+            timeout_s = usual_s + wait_s
+        headers = await self._headers(address, options, metadata)
         self.check_open()
-        with self._connections.use(address) as stub:
+        with self._connections.use(address) as connection:
+            stub = connection.extension if method in _EXTENSION else connection.stub
             try:
-                return await getattr(stub, method)(request, timeout=timeout_s, metadata=metadata)
+                return await getattr(stub, method)(request, timeout=timeout_s, metadata=headers)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.UNAVAILABLE:
                     await self._check_tls(address, error)
@@ -318,6 +402,48 @@ class Router:
                 if not _is_being_cancelled():
                     self.check_open()
                 raise
+
+    def _options_now(self) -> RpcOptions:
+        given = self._rpc_options
+        return (given() if callable(given) else given) or _AS_USUAL
+
+    @asynccontextmanager
+    async def stream(self, address: str, method: str) -> AsyncIterator[Any]:
+        """A streaming call of the extension at one server. It ends with the block."""
+        headers = await self._headers(address, self._options_now(), ())
+        self.check_open()
+        with self._connections.use(address) as connection:
+            call = getattr(connection.extension, method)(metadata=headers)
+            try:
+                yield call
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNAVAILABLE:
+                    await self._check_tls(address, error)
+                raise
+            except (asyncio.CancelledError, grpc.aio.UsageError):
+                if not _is_being_cancelled():
+                    self.check_open()
+                raise
+            finally:
+                call.cancel()
+
+    def owner_of(self, shard_id: str) -> str | None:
+        """The address of the server that has a shard, as far as is known."""
+        return self._redirects.get(shard_id) or self._topology.address_of(shard_id)
+
+    async def _headers(
+        self, address: str, options: RpcOptions, metadata: tuple[tuple[str, str], ...]
+    ) -> tuple[tuple[str, str | bytes], ...]:
+        """All that goes along with one try: made anew each time, because it speaks of one moment."""
+        headers = {key.lower(): value for key, value in options.metadata.items()}
+        tracing.inject(headers)
+        headers.update(metadata)
+        token = await self._current_token()
+        if token:
+            headers["authorization"] = f"Bearer {token}"
+            if self._tls is None:
+                self._note_plaintext_token(address)
+        return tuple(headers.items())
 
     async def _check_tls(self, address: str, error: grpc.aio.AioRpcError) -> None:
         """Raise TlsError if a call was not answered because of TLS."""
@@ -342,7 +468,7 @@ class Router:
 
     def _address_for(self, call: Call) -> str:
         if call.shard is not None:
-            owner = self._redirects.get(call.shard) or self._topology.address_of(call.shard)
+            owner = self.owner_of(call.shard)
             if owner is not None:
                 return owner
         elif call.server_index is not None:

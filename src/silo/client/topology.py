@@ -21,7 +21,10 @@ class ShardLocation:
 
 
 def shard_for_tenant(hashed: str, shards: Sequence[ShardLocation]) -> ShardLocation | None:
-    """The shard whose range contains the hash; `shards` are sorted by start."""
+    """The shard whose range contains the hash, as of `hash_tenant`; None when none does.
+
+    `shards` are sorted by start, as `SiloGRPCClient.get_topology` gives them.
+    """
     index = bisect_right([shard.range_start for shard in shards], hashed) - 1
     if index < 0:
         return None

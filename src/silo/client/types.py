@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+from silo.client.limits import Limit
+from silo.wire.payload import decode
+
 R = TypeVar("R")
 
 JobStatus = Literal["Scheduled", "Running", "Succeeded", "Failed", "Cancelled"]
@@ -30,12 +33,38 @@ class RetryPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRouting:
-    """How hard the client tries. Waits double from `retry_delay_ms` up to 5 s."""
+    """How hard the client tries.
+
+    Waits double from `retry_delay_ms` up to 5 s; of each a random part is left out, at most one half.
+    With `retry_budget_ms` no try begins later than that after the first, however many retries are left;
+    a try that runs then goes on, to its own deadline.
+    """
 
     max_retries: int = 8
     retry_delay_ms: int = 250
+    retry_budget_ms: int | None = None  # None: only the retries count.
     topology_refresh_interval_ms: int = 30_000  # 0: never in the background.
     topology_refresh_timeout_ms: int = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RpcOptions:
+    """How each single try of a call is sent.
+
+    `timeout_ms` is its deadline, instead of the client's `rpc_timeout_ms`; a question for the topology
+    has its own. Names in `metadata` are sent in lower case; those that end in `-bin` have bytes. What the
+    client itself sends, such as the token, is stronger.
+
+    Raises:
+        ValueError: the timeout is not positive.
+    """
+
+    timeout_ms: int | None = None
+    metadata: Mapping[str, str | bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.timeout_ms is not None and self.timeout_ms <= 0:
+            raise ValueError(f"timeout_ms must be positive, not {self.timeout_ms}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +98,7 @@ class Job:
     attempts: tuple[JobAttempt, ...] | None = None
     next_attempt_starts_after_ms: int | None = None
     result: Any = None
+    limits: tuple[Limit, ...] = ()  # In the order in which the job passes them.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +127,16 @@ class LeasedTask:
     shard: str = ""
     task_group: str = ""
     lease_ms: int = 0
+    limits: tuple[Limit, ...] = ()
+
+    @property
+    def payload(self) -> Any:
+        """The payload, decoded now.
+
+        Raises:
+            PayloadError: it is not one MessagePack value.
+        """
+        return decode(self.payload_bytes, field="payload")
 
 
 @dataclass(frozen=True, kw_only=True)

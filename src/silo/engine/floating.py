@@ -1,9 +1,19 @@
 """Floating limits: when a refresh is due, and what its outcome does."""
 
+from typing import assert_never
+
 import msgspec
 
 from silo.engine.schedule import saturating_add
-from silo.model.floating import FloatingState, RefreshDue, RefreshLeased
+from silo.model.attempt import HandedBack
+from silo.model.floating import (
+    FloatingState,
+    RefreshDue,
+    RefreshFailed,
+    RefreshLeased,
+    RefreshOutcome,
+    RefreshSucceeded,
+)
 from silo.model.job import LEASE_MS, Lease
 from silo.model.limit import FloatingLimit
 
@@ -41,10 +51,31 @@ def scheduled(state: FloatingState, *, task_group: str, now_ms: int) -> Floating
     )
 
 
-def leased(state: FloatingState, *, task_id: str, worker_id: str, now_ms: int) -> FloatingState:
+def leased(
+    state: FloatingState, *, task_id: str, worker_id: str, now_ms: int, session: str = ""
+) -> FloatingState:
     assert isinstance(state.refresh, RefreshDue), "only a waiting task is leased"
-    lease = Lease(task_id=task_id, worker_id=worker_id, started_at_ms=now_ms, expiry_ms=now_ms + LEASE_MS)
+    lease = Lease(
+        task_id=task_id,
+        worker_id=worker_id,
+        started_at_ms=now_ms,
+        expiry_ms=now_ms + LEASE_MS,
+        session=session,
+    )
     return msgspec.structs.replace(state, refresh=RefreshLeased(lease))
+
+
+def reported(state: FloatingState, report: RefreshOutcome | HandedBack, *, now_ms: int) -> FloatingState:
+    """What a worker said of its refresh task."""
+    match report:
+        case RefreshSucceeded(max_concurrency=maximum):
+            return succeeded(state, max_concurrency=maximum, now_ms=now_ms)
+        case RefreshFailed():
+            return failed(state, now_ms=now_ms)
+        case HandedBack():
+            return msgspec.structs.replace(state, refresh=RefreshDue(now_ms))
+        case _:
+            assert_never(report)
 
 
 def succeeded(state: FloatingState, *, max_concurrency: int, now_ms: int) -> FloatingState:

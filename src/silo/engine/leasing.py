@@ -5,13 +5,23 @@ import msgspec
 from silo.engine.schedule import virtual_deadline_ms
 from silo.errors import TERMINAL_STATE, StateForbids
 from silo.model.change import Change
-from silo.model.job import LEASE_MS, Delayed, JobState, JobStatus, Lease, Ready, Waiting
+from silo.model.job import LEASE_MS, Delayed, JobState, JobStatus, Lease, Place, Ready, Waiting
 
 
-def lease(state: JobState, *, task_id: str, worker_id: str, now_ms: int) -> Change:
+def lease(state: JobState, *, task_id: str, worker_id: str, now_ms: int, session: str = "") -> Change:
     """The pending attempt of a Scheduled job becomes Running under `task_id`, and keeps its tickets."""
     assert state.status is JobStatus.SCHEDULED, "only pending work is leased"
-    granted = Lease(task_id=task_id, worker_id=worker_id, started_at_ms=now_ms, expiry_ms=now_ms + LEASE_MS)
+    place: Place | None = None
+    if isinstance(state.pending, Ready) and state.next_start_ms is not None:
+        place = Place(state.next_start_ms, state.pending.deadline_ms)
+    granted = Lease(
+        task_id=task_id,
+        worker_id=worker_id,
+        started_at_ms=now_ms,
+        expiry_ms=now_ms + LEASE_MS,
+        session=session,
+        place=place,
+    )
     after = JobState(
         tenant=state.tenant,
         job_id=state.job_id,
@@ -27,6 +37,20 @@ def lease(state: JobState, *, task_id: str, worker_id: str, now_ms: int) -> Chan
         limits=state.limits,
         passed=state.passed,
         held=state.held,
+    )
+    return Change(before=state, after=after)
+
+
+def handed_back(state: JobState, place: Place, *, now_ms: int) -> Change:
+    """The inverse of `lease`: the attempt was not begun, and the job stands where it stood."""
+    assert state.lease is not None, "only leased work is handed back"
+    after = msgspec.structs.replace(
+        state,
+        status=JobStatus.SCHEDULED,
+        changed_at_ms=now_ms,
+        next_start_ms=place.start_ms,
+        pending=Ready(place.deadline_ms),
+        lease=None,
     )
     return Change(before=state, after=after)
 

@@ -31,6 +31,26 @@ class Cancelled(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
 Outcome: TypeAlias = Success | Failure | Cancelled
 
 
+class FinalFailure(msgspec.Struct, frozen=True, gc=False):
+    """The attempt failed, and no other may follow."""
+
+    failure: Failure
+
+
+class Postponed(msgspec.Struct, frozen=True, gc=False):
+    """Not now: the job runs again after the delay, and this was no attempt."""
+
+    delay_ms: int
+
+
+class HandedBack(msgspec.Struct, frozen=True, gc=False):
+    """The task was never begun: the job goes back to where it stood."""
+
+
+Report: TypeAlias = Outcome | FinalFailure | Postponed | HandedBack
+"""What a worker may say of a task. All but outcomes are only known to the extension protocol."""
+
+
 class PastAttempt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A run that ended somewhere else, as an import tells of it."""
 

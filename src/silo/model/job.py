@@ -125,6 +125,13 @@ Rank: TypeAlias = tuple[int, int, str]
 """Start, priority and job id: who is ahead among jobs that wait for the same. Smaller goes first."""
 
 
+class Place(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Where a job stands in the queue of its task group."""
+
+    start_ms: int
+    deadline_ms: int
+
+
 class Lease(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """A worker's claim on a running attempt. Heartbeats extend it in memory only."""
 
@@ -132,6 +139,8 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False
     worker_id: str
     started_at_ms: int
     expiry_ms: int
+    session: str = ""  # Of the worker's stream; empty for a lease that a worker polled for.
+    place: "Place | None" = None  # Where the job stood in its queue; None if it was taken out of turn.
 
 
 class JobState(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):

@@ -16,6 +16,7 @@ from silo.model.shards import ShardInfo
 from silo.model.task import Leased
 from silo.node.layout import Layout, Storage
 from silo.node.memory import Memory
+from silo.node.sessions import Sessions
 from silo.shard.dispatch import Room
 from silo.shard.limiter import RateLimiter
 from silo.shard.shard import Shard, ShardOptions
@@ -66,12 +67,17 @@ class HostedNode:
         self._opened: dict[Callable[[], None], None] = {}  # Called when a shard has opened.
         self._keepers: list[asyncio.Task[None]] = []
         self._stop = asyncio.Event()
-        self._is_closing = False
+        self.stopping = asyncio.Event()
         self._turn = asyncio.Lock()  # Held by whoever starts or stops the keepers.
         self._reset: asyncio.Task[int] | None = None
+        self.sessions = Sessions(shard=self.shard, open_shards=self.open_shards)
 
     def __repr__(self) -> str:
         return f"HostedNode({self.node_id}, {len(self._open)} of {len(self._shard_map)} shards open)"
+
+    @property
+    def _is_closing(self) -> bool:
+        return self.stopping.is_set()
 
     def shard_map(self) -> Sequence[ShardInfo]:
         return list(self._shard_map.values())
@@ -177,7 +183,8 @@ class HostedNode:
 
     def end_waits(self) -> None:
         """Let everyone who waits for work in any shard go home, now and from now on."""
-        self._is_closing = True
+        self.stopping.set()
+        self.sessions.close()
         for wake in list(self._opened):
             wake()
         for shard in self._open.values():
@@ -186,6 +193,7 @@ class HostedNode:
     async def close(self) -> None:
         """Close all shards. What was acknowledged is durable either way. Closing twice is harmless."""
         self.end_waits()
+        await self.sessions.wait_closed()
         async with self._turn:
             await self._stop_keepers()
         if self._reset is not None:
@@ -265,12 +273,14 @@ class HostedNode:
         stopping = asyncio.create_task(stop.wait(), name=f"stop {info.shard_id}")
         try:
             self._open[info.shard_id] = shard
+            self.sessions.shard_opened(shard)
             first.set()
             for wake in list(self._opened):
                 wake()
             await asyncio.wait({closed, stopping}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             del self._open[info.shard_id]
+            self.sessions.shard_closed()
             closed.cancel()
             stopping.cancel()
             await asyncio.wait({closed, stopping})

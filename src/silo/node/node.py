@@ -1,11 +1,13 @@
 """What the RPC layer needs from a node."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
 from silo.model.shards import ShardInfo
 from silo.model.task import Leased
 from silo.node.memory import Memory
+from silo.node.sessions import Sessions
 from silo.shard.shard import Shard
 
 
@@ -17,6 +19,8 @@ class Node(Protocol):
     tenancy_enabled: bool
     dev_mode: bool
     memory: Memory
+    sessions: Sessions
+    stopping: asyncio.Event  # Set when everyone who waits should go home.
 
     def shard_map(self) -> Sequence[ShardInfo]:
         """Every shard of the cluster, ascending by range."""

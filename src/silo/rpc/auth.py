@@ -29,8 +29,18 @@ _SCHEME = "Bearer "
 
 FOR_EVERYONE = frozenset({"GetClusterInfo"})  # Who does not know the shard map cannot call anything else.
 FOR_TENANTS = frozenset(
-    {"Enqueue", "GetJob", "GetJobResult", "DeleteJob", "CancelJob", "RestartJob", "ExpediteJob"}
+    {
+        "Enqueue",
+        "GetJob",
+        "GetJobResult",
+        "DeleteJob",
+        "CancelJob",
+        "RestartJob",
+        "ExpediteJob",
+        "WatchJob",
+    }
 )
+FOR_TENANTS_EACH = frozenset({"EnqueueMany"})  # By the tenant of each part.
 FOR_TASK_GROUPS = frozenset({"LeaseTasks"})
 FOR_LEASES = frozenset({"ReportOutcome", "ReportRefreshOutcome", "Heartbeat"})  # By the lease's task group.
 
@@ -69,6 +79,9 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
             tenant = request.tenant or DEFAULT_TENANT
             if tenant not in self.tenants:
                 raise Denied(f"{method} needs a token with scope 'tenant:{tenant}'")
+        elif method in FOR_TENANTS_EACH:
+            if not self.tenants:
+                raise Denied(f"{method} needs a token with a scope 'tenant:<id>'")
         elif method in FOR_TASK_GROUPS:
             if request.task_group not in self.task_groups:
                 raise Denied(f"{method} needs a token with scope 'worker:{request.task_group}'")

@@ -3,12 +3,10 @@
 Every job call starts alike: shard id, shard, tenant, range, in this order; then its arguments.
 """
 
-import functools
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast  # grpc is untyped: contexts are Any here.
-from urllib.parse import quote
+from typing import Any  # grpc is untyped: contexts are Any here.
 
 import grpc
 
@@ -20,7 +18,9 @@ from silo.model.shards import HashRange
 from silo.model.task import Leased
 from silo.model.view import JobView
 from silo.node.node import Node
+from silo.rpc.answering import answering
 from silo.rpc.auth import EVERYTHING, Access
+from silo.rpc.scope import job_scope, new_job, worker_scope
 from silo.rpc.status import STATUS
 from silo.shard.shard import Shard
 from silo.telemetry import profiling
@@ -33,10 +33,7 @@ log = logging.getLogger(__name__)
 WAIT_KEY = "silo-wait-ms"  # Our addition: how long a LeaseTasks call may wait for work.
 _WAIT_MS = 25
 _WAIT_MS_MAX = 30_000
-_TEXT_BYTES_MAX = 4096  # A status text travels in a header, of which clients take 8 KiB at most.
 SERVICE = pb.DESCRIPTOR.services_by_name["Silo"]
-
-_Handler = TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
 
 
 class DevModeOnly(SiloError):
@@ -63,28 +60,6 @@ def _saying(what: str) -> Iterator[None]:
         raise AdministrationFailed(f"{what}: {describe(error)}") from error
 
 
-def _answering(handler: _Handler) -> _Handler:
-    """Turn what a handler raises into a status. Anything unforeseen is INTERNAL, and logged."""
-
-    @functools.wraps(handler)
-    async def answer(self: "SiloServicer", request: Any, context: Any) -> Any:
-        try:
-            return await handler(self, request, context)
-        except SiloError as error:
-            # Its traceback has the request in it, and is in a circle where the error was a variable.
-            error.__traceback__ = None
-            code, text = STATUS[error.kind], shortened(error.message)
-        except Exception as error:
-            if context.done() or isinstance(error, grpc.aio.AbortError):
-                raise
-            log.exception("call failed", extra={"fields": {"method": handler.__name__}})
-            code, text = grpc.StatusCode.INTERNAL, "internal error"
-        del request  # See `_taken_in`.
-        return await context.abort(code, text)
-
-    return cast(_Handler, answer)
-
-
 class SiloServicer(silo_pb2_grpc.SiloServicer):
     """Answers for one node, to callers with one access."""
 
@@ -92,26 +67,7 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
         self._node = node
         self._access = access
 
-    def _job_scope(self, request: Any) -> tuple[Shard, str]:
-        """The shard and the tenant of a job call."""
-        shard = self._node.shard(validate.shard_id(request.shard))
-        tenant = validate.job_tenant(request.tenant, tenancy_enabled=self._node.tenancy_enabled)
-        # With tenancy off a client may hash wrongly just as well: work must not land where nobody looks.
-        validate.tenant_in_range(tenant, shard=shard.shard_id, hash_range=shard.range)
-        return shard, tenant
-
-    def _worker_scope(self, request: Any) -> Shard:
-        """The shard of a worker's call."""
-        shard = self._node.shard(validate.shard_id(request.shard))
-        tenant = validate.worker_tenant(request.tenant_id, tenancy_enabled=self._node.tenancy_enabled)
-        if tenant is not None:
-            validate.tenant_in_range(tenant, shard=shard.shard_id, hash_range=shard.range)
-        task_group = shard.task_group_of(request.task_id)
-        if task_group is not None:  # Otherwise the lease is gone, and that is what the caller will hear.
-            self._access.check_task(task_group)
-        return shard
-
-    @_answering
+    @answering
     async def GetClusterInfo(
         self, request: pb.GetClusterInfoRequest, context: Any
     ) -> pb.GetClusterInfoResponse:
@@ -135,7 +91,7 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
             members=[member],
         )
 
-    @_answering
+    @answering
     async def GetNodeInfo(self, request: pb.GetNodeInfoRequest, context: Any) -> pb.GetNodeInfoResponse:
         shards = sorted(self._node.open_shards(), key=lambda shard: shard.shard_id)
         return pb.GetNodeInfoResponse(
@@ -152,70 +108,64 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
             ],
         )
 
-    @_answering
+    @answering
     async def Enqueue(self, request: pb.EnqueueRequest, context: Any) -> pb.EnqueueResponse:
-        shard, tenant = self._job_scope(request)
-        validate.priority(request.priority)
-        validate.metadata(request.metadata)
-        validate.task_group(request.task_group, is_new=True)
-        new = convert.new_job_from_pb(request, tenant=tenant)
-        validate.limits(new.limits)
-        validate.payload(new.payload)
+        shard, new = new_job(self._node, request)
         return pb.EnqueueResponse(id=await shard.enqueue(new))
 
-    @_answering
+    @answering
     async def GetJob(self, request: pb.GetJobRequest, context: Any) -> pb.GetJobResponse:
-        shard, tenant = self._job_scope(request)
+        shard, tenant = job_scope(self._node, request)
         view = await shard.get_job(tenant=tenant, job_id=request.id, with_attempts=request.include_attempts)
         self._node.memory.check(_size(view))
         return convert.job_to_pb(view)
 
-    @_answering
+    @answering
     async def GetJobResult(self, request: pb.GetJobResultRequest, context: Any) -> pb.GetJobResultResponse:
-        shard, tenant = self._job_scope(request)
+        shard, tenant = job_scope(self._node, request)
         view = await shard.get_job(tenant=tenant, job_id=request.id)
         self._node.memory.check(_size(view))
         return convert.job_result_to_pb(view)
 
-    @_answering
+    @answering
     async def DeleteJob(self, request: pb.DeleteJobRequest, context: Any) -> pb.DeleteJobResponse:
-        shard, tenant = self._job_scope(request)
+        shard, tenant = job_scope(self._node, request)
         await shard.delete(tenant=tenant, job_id=request.id)
         return pb.DeleteJobResponse()
 
-    @_answering
+    @answering
     async def CancelJob(self, request: pb.CancelJobRequest, context: Any) -> pb.CancelJobResponse:
-        shard, tenant = self._job_scope(request)
+        shard, tenant = job_scope(self._node, request)
         await shard.cancel(tenant=tenant, job_id=request.id)
         return pb.CancelJobResponse()
 
-    @_answering
+    @answering
     async def RestartJob(self, request: pb.RestartJobRequest, context: Any) -> pb.RestartJobResponse:
-        shard, tenant = self._job_scope(request)
+        shard, tenant = job_scope(self._node, request)
         await shard.restart(tenant=tenant, job_id=request.id)
         return pb.RestartJobResponse()
 
-    @_answering
+    @answering
     async def ExpediteJob(self, request: pb.ExpediteJobRequest, context: Any) -> pb.ExpediteJobResponse:
-        shard, tenant = self._job_scope(request)
+        shard, tenant = job_scope(self._node, request)
         await shard.expedite(tenant=tenant, job_id=request.id)
         return pb.ExpediteJobResponse()
 
-    @_answering
+    @answering
     async def DropTenantHolders(
         self, request: pb.DropTenantHoldersRequest, context: Any
     ) -> pb.DropTenantHoldersResponse:
-        shard, tenant = self._job_scope(request)
+        shard, tenant = job_scope(self._node, request)
         return pb.DropTenantHoldersResponse(holders_dropped=await shard.drop_holders(tenant=tenant))
 
-    @_answering
+    @answering
     async def LeaseTask(self, request: pb.LeaseTaskRequest, context: Any) -> pb.LeaseTaskResponse:
-        shard, tenant = self._job_scope(request)
+        shard, tenant = job_scope(self._node, request)
         validate.worker_id(request.worker_id)
         leased = await shard.lease_one(tenant=tenant, job_id=request.id, worker_id=request.worker_id)
         return pb.LeaseTaskResponse(task=convert.task_to_pb(leased, shard=request.shard))
 
-    @_answering
+    @answering
     async def LeaseTasks(self, request: pb.LeaseTasksRequest, context: Any) -> pb.LeaseTasksResponse:
         validate.task_group(request.task_group, is_new=False)
         wait_ms = _wait_ms(context)
@@ -243,27 +193,27 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
                 response.tasks.append(convert.task_to_pb(task, shard=name))
         return response
 
-    @_answering
+    @answering
     async def ReportOutcome(self, request: pb.ReportOutcomeRequest, context: Any) -> pb.ReportOutcomeResponse:
-        shard = self._worker_scope(request)
+        shard = worker_scope(self._node, self._access, request)
         await shard.report(request.task_id, convert.outcome_from_pb(request))
         return pb.ReportOutcomeResponse()
 
-    @_answering
+    @answering
     async def ReportRefreshOutcome(
         self, request: pb.ReportRefreshOutcomeRequest, context: Any
     ) -> pb.ReportRefreshOutcomeResponse:
-        shard = self._worker_scope(request)
+        shard = worker_scope(self._node, self._access, request)
         await shard.report_refresh(request.task_id, convert.refresh_outcome_from_pb(request))
         return pb.ReportRefreshOutcomeResponse()
 
-    @_answering
+    @answering
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatResponse:
-        shard = self._worker_scope(request)
+        shard = worker_scope(self._node, self._access, request)
         cancelled_at_ms = await shard.heartbeat(task_id=request.task_id, worker_id=request.worker_id)
         return pb.HeartbeatResponse(cancelled=cancelled_at_ms is not None, cancelled_at_ms=cancelled_at_ms)
 
-    @_answering
+    @answering
     async def ImportJobs(self, request: pb.ImportJobsRequest, context: Any) -> pb.ImportJobsResponse:
         answers: dict[int, JobStatus | str] = {}  # Of each entry: its status, or why it failed.
         groups: dict[tuple[str, str], dict[int, ImportedJob]] = {}
@@ -322,7 +272,7 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
             for number, answer in zip(group, answers, strict=True)
         }
 
-    @_answering
+    @answering
     async def ResetShards(self, request: pb.ResetShardsRequest, context: Any) -> pb.ResetShardsResponse:
         if not self._node.dev_mode:
             raise DevModeOnly("ResetShards is only available in dev mode")
@@ -338,21 +288,21 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
         except (ShardNotFound, ShardClosed) as error:
             raise ShardNotHere(f"shard {text} not found on this node") from error
 
-    @_answering
+    @answering
     async def FlushShard(self, request: pb.FlushShardRequest, context: Any) -> pb.FlushShardResponse:
         shard = self._shard_here(request.shard)
         with _saying("flush failed"):
             await shard.flush()
         return pb.FlushShardResponse(status=f"flushed shard {request.shard}")
 
-    @_answering
+    @answering
     async def CompactShard(self, request: pb.CompactShardRequest, context: Any) -> pb.CompactShardResponse:
         shard = self._shard_here(request.shard)
         with _saying("compaction failed"):
             await shard.compact()
         return pb.CompactShardResponse(status=f"full compaction submitted for shard {request.shard}")
 
-    @_answering
+    @answering
     async def GetShardStorageInfo(
         self, request: pb.GetShardStorageInfoRequest, context: Any
     ) -> pb.GetShardStorageInfoResponse:
@@ -361,7 +311,7 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
             info = await shard.storage_info()
         return convert.storage_info_to_pb(info)
 
-    @_answering
+    @answering
     async def CpuProfile(self, request: pb.CpuProfileRequest, context: Any) -> pb.CpuProfileResponse:
         profile = await profiling.cpu_profile(
             duration_s=request.duration_seconds, frequency_hz=request.frequency
@@ -370,12 +320,12 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
             profile_data=profile.data, duration_seconds=profile.duration_s, samples=profile.samples
         )
 
-    @_answering
+    @answering
     async def HeapProfile(self, request: pb.HeapProfileRequest, context: Any) -> pb.HeapProfileResponse:
         profile = await profiling.heap_profile(duration_s=request.duration_seconds)
         return pb.HeapProfileResponse(profile_data=profile.data, duration_seconds=profile.duration_s)
 
-    @_answering
+    @answering
     async def DumpTasks(self, request: pb.DumpTasksRequest, context: Any) -> pb.DumpTasksResponse:
         dump, tasks = profiling.dump_tasks()
         return pb.DumpTasksResponse(dump=dump, task_count=tasks)
@@ -418,11 +368,3 @@ def _wait_ms(context: Any) -> int:
         if key == WAIT_KEY and isinstance(value, str) and value.isascii() and value.isdigit():
             return min(int(value[:9]), _WAIT_MS_MAX)
     return _WAIT_MS
-
-
-def shortened(text: str) -> str:
-    """`text` without its middle if it is too long: what clients match on stands at either end."""
-    if len(quote(text)) <= _TEXT_BYTES_MAX:  # Signs beyond ASCII travel as three bytes for each of theirs.
-        return text
-    half = _TEXT_BYTES_MAX // 24  # One sign takes twelve bytes at most.
-    return f"{text[:half]}…{text[-half:]}"

@@ -1,22 +1,24 @@
 """What stands between gRPC and the handlers: who may call, what is taken in, and how much of it at a time."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple  # grpc is untyped: contexts are Any here.
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from silo.errors import ErrorKind, SiloError
+from silo.errors import ErrorKind, InvalidRequest, SiloError
 from silo.node.memory import Memory, ShortOfMemory
 from silo.node.node import Node
+from silo.rpc import ext_handlers, handlers
+from silo.rpc.answering import shortened
 from silo.rpc.auth import EVERYTHING, Access, Tokens, Unauthenticated
-from silo.rpc.handlers import SERVICE, SiloServicer, shortened
 from silo.rpc.status import STATUS
-from silo.wire.pb.silo.v1 import silo_pb2 as pb
+from silo.wire.pb.silo.ext.v1 import ext_pb2
+from silo.wire.pb.silo.v1 import silo_pb2
 
 # Bytes of all requests that are being handled, before calls that add work are refused.
 REQUEST_BYTES_MAX = 512 << 20
-_ADDING = frozenset({"Enqueue", "ImportJobs"})
+_ADDING = frozenset({"Enqueue", "ImportJobs", "EnqueueMany"})
 
 
 class TooManyBytes(SiloError):
@@ -25,12 +27,22 @@ class TooManyBytes(SiloError):
     kind = ErrorKind.EXHAUSTED
 
 
-def silo_handlers(node: Node, tokens: Tokens | None = None) -> grpc.GenericRpcHandler:
-    """All methods of `silo.v1.Silo`, by their paths; for callers with one of `tokens`, if there are any."""
+def all_handlers(
+    node: Node, tokens: Tokens | None = None, *, extension: bool = True
+) -> grpc.GenericRpcHandler:
+    """All methods of our services, by their paths; for callers with one of `tokens`, if there are any.
+
+    Without `extension` the server only speaks `silo.v1`, as others do.
+    """
     intake = _Intake(node.memory)
+    services = _SERVICES if extension else _SERVICES[:1]
+
+    def handlers_for(access: Access) -> grpc.GenericRpcHandler:
+        return _handlers(node, access, intake, services)
+
     if tokens is None:
-        return _handlers(node, EVERYTHING, intake)
-    return _Guarded(tokens, {access: _handlers(node, access, intake) for access in tokens.accesses})
+        return handlers_for(EVERYTHING)
+    return _Guarded(tokens, {access: handlers_for(access) for access in tokens.accesses})
 
 
 class _Guarded(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc is untyped.
@@ -75,7 +87,12 @@ class _Shedding(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc is untype
     def __init__(self, memory: Memory, handlers: grpc.GenericRpcHandler) -> None:
         self._memory = memory
         self._handlers = handlers
-        self._adding = {f"/{SERVICE.full_name}/{name}" for name in _ADDING}
+        self._adding = {
+            f"/{service.full_name}/{method.name}"
+            for service, _, _ in _SERVICES
+            for method in service.methods
+            if method.name in _ADDING
+        }
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         if self._memory.is_short and details.method in self._adding:
@@ -91,26 +108,63 @@ def _refusing(refusal: SiloError) -> grpc.RpcMethodHandler:
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-def _handlers(node: Node, access: Access, intake: _Intake) -> grpc.GenericRpcHandler:
+_SERVICES = (
+    (handlers.SERVICE, handlers.SiloServicer, silo_pb2),
+    (ext_handlers.SERVICE, ext_handlers.SiloExtServicer, ext_pb2),
+)
+
+
+def _handlers(
+    node: Node, access: Access, intake: _Intake, services: Sequence[tuple[Any, Any, Any]]
+) -> grpc.GenericRpcHandler:
     """The handlers of one access.
 
     The generated registration answers UNKNOWN, which says nothing, to bytes that
     are no message; here they are a wrong request like any other.
     """
-    servicer = SiloServicer(node, access)
-    methods = {}
-    for method in SERVICE.methods:
-        answers = (
-            grpc.unary_stream_rpc_method_handler
-            if method.server_streaming
-            else grpc.unary_unary_rpc_method_handler
+    found: dict[str, grpc.RpcMethodHandler] = {}
+    for service, servicer_type, messages in services:
+        servicer = servicer_type(node, access)
+        for method in service.methods:
+            found[f"/{service.full_name}/{method.name}"] = _method_handler(
+                getattr(servicer, method.name), method, messages, access, intake
+            )
+    return _Shedding(node.memory, _Paths(found))
+
+
+class _Paths(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc is untyped.
+    """Handlers by their paths."""
+
+    def __init__(self, handlers: Mapping[str, grpc.RpcMethodHandler]) -> None:
+        self._handlers = handlers
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        return self._handlers.get(details.method)
+
+
+def _method_handler(
+    handler: Callable[..., Awaitable[Any]], method: Any, messages: Any, access: Access, intake: _Intake
+) -> grpc.RpcMethodHandler:
+    reads = _reader(getattr(messages, method.input_type.name))
+    writes = _message_of(method.output_type).SerializeToString
+    if method.client_streaming:
+        return grpc.stream_stream_rpc_method_handler(
+            _taken_in_one_by_one(handler, intake), request_deserializer=reads, response_serializer=writes
         )
-        methods[method.name] = answers(
-            _taken_in(_allowed(getattr(servicer, method.name), method.name, access), method.name, intake),
-            request_deserializer=_reader(getattr(pb, method.input_type.name)),
-            response_serializer=getattr(pb, method.output_type.name).SerializeToString,
-        )
-    return _Shedding(node.memory, grpc.method_handlers_generic_handler(SERVICE.full_name, methods))
+    answers = (
+        grpc.unary_stream_rpc_method_handler
+        if method.server_streaming
+        else grpc.unary_unary_rpc_method_handler
+    )
+    return answers(
+        _taken_in(_allowed(handler, method.name, access), method.name, intake),
+        request_deserializer=reads,
+        response_serializer=writes,
+    )
+
+
+def _message_of(descriptor: Any) -> Any:
+    return getattr(silo_pb2 if descriptor.file.package == "silo.v1" else ext_pb2, descriptor.name)
 
 
 class _Received(NamedTuple):
@@ -156,6 +210,27 @@ def _taken_in(
             return await call
         finally:
             intake.bytes -= size
+
+    return answer
+
+
+def _taken_in_one_by_one(
+    handler: Callable[..., Awaitable[Any]], intake: _Intake
+) -> Callable[..., Awaitable[Any]]:
+    """The same for a stream: each message counts until the handler wants the next one."""
+
+    async def messages(requests: AsyncIterator[_Received]) -> AsyncIterator[Message]:
+        async for received in requests:
+            if received.message is None:
+                raise InvalidRequest("the request does not decode")
+            intake.bytes += received.size
+            try:
+                yield received.message
+            finally:
+                intake.bytes -= received.size
+
+    async def answer(requests: AsyncIterator[_Received], context: Any) -> Any:
+        return await handler(messages(requests), context)
 
     return answer
 

@@ -12,10 +12,10 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from silo.config import Config, ServerConfig
 from silo.errors import SiloError
 from silo.node.node import Node
+from silo.rpc import ext_handlers, handlers
 from silo.rpc.auth import Tokens, tokens_from
-from silo.rpc.intake import silo_handlers
+from silo.rpc.intake import all_handlers
 from silo.rpc.tls import server_credentials
-from silo.wire.pb.silo.v1 import silo_pb2
 
 MESSAGE_BYTES_MAX = 128 << 20
 DRAIN_S = 5.0
@@ -23,6 +23,8 @@ _REFLECTION = "grpc.reflection.v1.ServerReflection"
 CALLS_WAITING_MAX = 1 << 16
 
 HANDSHAKE_MS = 10_000
+PING_MS = 2_500
+PING_TIMEOUT_MS = 3_500
 
 _OPTIONS = (
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -31,6 +33,10 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
     ("grpc.http2.max_ping_strikes", 0),
+    # A worker's leases live as long as its stream, and that as long as its connection answers.
+    ("grpc.keepalive_time_ms", PING_MS),
+    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.so_reuseport", 0),
     # By default calls beyond a thousand that were not begun are reset, not refused.
     ("grpc.server.max_pending_requests", CALLS_WAITING_MAX),
@@ -84,10 +90,13 @@ def _add_reflection(server: grpc.aio.Server, services: tuple[str, ...]) -> None:
 
 
 @asynccontextmanager
-async def listen(addr: str, node: Node, *, security: Security = OPEN) -> AsyncIterator[str]:
+async def listen(
+    addr: str, node: Node, *, security: Security = OPEN, extension: bool = True
+) -> AsyncIterator[str]:
     """Serve `node` on `addr` while the block runs; yields the address with its real port.
 
-    At the end new calls are refused at once, and running ones have `DRAIN_S` seconds.
+    At the end new calls are refused at once, and running ones have `DRAIN_S` seconds. Without
+    `extension` only `silo.v1` is served, as other servers do.
 
     Raises:
         CannotListen: the text names the address and the setting.
@@ -97,13 +106,13 @@ async def listen(addr: str, node: Node, *, security: Security = OPEN) -> AsyncIt
         ("grpc.max_concurrent_streams", security.max_streams_per_connection),
     )
     server = grpc.aio.server(options=(*_OPTIONS, *limits))
-    server.add_generic_rpc_handlers((silo_handlers(node, security.tokens),))
-    service = silo_pb2.DESCRIPTOR.services_by_name["Silo"].full_name
+    server.add_generic_rpc_handlers((all_handlers(node, security.tokens, extension=extension),))
+    services = (handlers.SERVICE.full_name, ext_handlers.SERVICE.full_name)
     checks = health.aio.HealthServicer()
-    for name in ("", service):
+    for name in ("", *services):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    _add_reflection(server, (service, health.SERVICE_NAME, _REFLECTION))
+    _add_reflection(server, (*services, health.SERVICE_NAME, _REFLECTION))
     try:
         if security.credentials is None:
             port = server.add_insecure_port(addr)

@@ -11,7 +11,7 @@ Guarantees:
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 
 from silo.errors import ShardClosed, SiloError, StoreError, describe
 from silo.storage.store import Store
@@ -55,7 +55,7 @@ class Committer:
     def __repr__(self) -> str:
         return f"Committer(open={len(self.rows)} rows, writing={len(self._writing)} rows)"
 
-    def durable(self) -> Awaitable[None]:
+    def durable(self) -> asyncio.Future[None]:
         """Wait until all rows added so far are durable.
 
         Raises:

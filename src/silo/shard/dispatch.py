@@ -27,12 +27,13 @@ _WINDOW_MIN, _WINDOW_MAX, _ROWS_MAX = 16, 512, 100_000
 class Room:
     """What one answer may still hold. The first task may be of any size: a large one goes alone.
 
-    Refreshes of floating limits come on top of the tasks that were asked for, up to as many again.
+    Refreshes of floating limits come on top of the tasks that were asked for, up to as many again;
+    or among them, without `refreshes_on_top`.
     """
 
-    def __init__(self, tasks: int) -> None:
+    def __init__(self, tasks: int, *, refreshes_on_top: bool = True) -> None:
         self.tasks = min(tasks, LEASE_COUNT_MAX)
-        self._refreshes = self.tasks
+        self._refreshes = self.tasks if refreshes_on_top else None
         self._bytes = LEASE_BYTES_MAX
         self._is_empty = True
 
@@ -41,12 +42,12 @@ class Room:
         return self.tasks <= 0 or self._bytes <= 0
 
     def fits(self, task: Task) -> bool:
-        if self.is_full or (self._refreshes <= 0 and not isinstance(task, JobState)):
+        if self.is_full or (self._refreshes == 0 and not isinstance(task, JobState)):
             return False
         return self._is_empty or task.payload_bytes <= self._bytes
 
     def use(self, task: Task) -> None:
-        if isinstance(task, JobState):
+        if self._refreshes is None or isinstance(task, JobState):
             self.tasks -= 1
         else:
             self._refreshes -= 1
@@ -71,6 +72,7 @@ class TaskGroupQueue:
         self._tally = tally or RowTally()
         self._residents: dict[str, Window[Task]] = {}  # In the order of turns.
         self.beyond: bytes | None = self.prefix
+        self.since_fed = 0  # Tasks taken since somebody looked whether more should be read.
         self._turns = 0  # Tasks taken since the cursor last moved.
         self._has_missed = False  # Some tenant behind the cursor may have work and no window.
 
@@ -147,6 +149,7 @@ class TaskGroupQueue:
             taken.append(task)
             window.remove(key)
             self._drop_if_done(tenant, window)
+        self.since_fed += len(taken)
         return taken
 
     def preview(self, count: int) -> list[Task]:

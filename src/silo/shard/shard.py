@@ -11,9 +11,10 @@ and whoever owns it opens it again.
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from random import Random
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 from uuid import UUID
 
 import msgspec
@@ -36,10 +37,10 @@ from silo.errors import (
     StoreCorrupt,
     WrongTask,
 )
-from silo.model.attempt import Attempt, Outcome
+from silo.model.attempt import Attempt, HandedBack, Outcome, Report
 from silo.model.change import Change
 from silo.model.counts import ShardTotals
-from silo.model.floating import FloatingState, RefreshOutcome, RefreshSucceeded
+from silo.model.floating import FloatingState, RefreshFailed, RefreshOutcome, RefreshSucceeded
 from silo.model.job import LEASE_MS, ImportedJob, Job, JobState, JobStatus, LeasedTask, NewJob
 from silo.model.shards import HashRange
 from silo.model.storage import StorageInfo
@@ -59,15 +60,19 @@ from silo.shard.reads import Reads
 from silo.shard.state import ShardState
 from silo.shard.steps import Steps
 from silo.shard.timekeeper import Timekeeper
-from silo.shard.views import leases_from
+from silo.shard.views import LeaseHolder, leases_from
 from silo.storage import codec, keys
 from silo.storage.store import Row, Store, scan_all
 from silo.telemetry.logging import Log
 
 log = Log("silo.shard")
 
+AnyReport: TypeAlias = Report | RefreshOutcome
+
 GROUP_ROWS_MAX = 100_000  # Rows in the open group, and bytes of new jobs, before commands are refused.
 GROUP_BYTES_MAX = 256 << 20
+_FEED_TASKS = 64  # Taken by small calls, before the feeder looks; it keeps more than that ahead.
+_ADMIT_JOBS = 256  # Admitted in one step, before others have their turn.
 _SCAN_ROWS = 4096
 _DROP_ROWS = 256  # Tickets taken away in one step.
 _CLOSE_TIMEOUT_S = 30.0
@@ -257,20 +262,72 @@ class Shard:
             new, job_id=job_id, now_ms=self._clock.now_ms(), priority_step_ms=self._step_ms
         )
         assert change.after is not None
+        stored = None
         if new.id is None:
             await self._ready(change.after)
         else:
             [stored] = await self._read_ready(change.after, [keys.state_key(new.tenant, job_id)])
-            if stored is not None:
-                await self._refuse(JobExists(job_id))
         self._check_open()
-        most = self._max_pending_jobs
-        if most is not None and self._state.counters.get(new.tenant).pending >= most:
-            # After the look for the id: whoever repeats an enqueue that was taken hears that it exists.
-            await self._refuse(_quota_reached(new.tenant, most))
+        refusal = self._objection(change.after, is_taken=stored is not None)
+        if refusal is not None:
+            await self._refuse(refusal)
         self._steps.take(change)
         await self._committer.durable()
         return job_id
+
+    async def enqueue_many(self, jobs: Sequence[NewJob]) -> list[str | SiloError]:
+        """Admit jobs, each by itself; for each its id, or why it was refused.
+
+        What was admitted is durable as in one write or several, always the first ones first.
+        """
+        answers: list[str | SiloError] = []
+        for start in range(0, len(jobs), _ADMIT_JOBS):
+            answers += await self._admit_some(jobs[start : start + _ADMIT_JOBS])
+        await self._committer.durable()
+        return answers
+
+    async def _admit_some(self, jobs: Sequence[NewJob]) -> list[str | SiloError]:
+        self._check_running()
+        now_ms = self._clock.now_ms()
+        changes = [
+            admission.admit(
+                new,
+                job_id=new.id if new.id is not None else self._new_id(),
+                now_ms=now_ms,
+                priority_step_ms=self._step_ms,
+            )
+            for new in jobs
+        ]
+        states = [change.subject for change in changes]
+        rows = [keys.state_key(state.tenant, state.job_id) for state in states]
+        while True:
+            await self._loader.load(states)
+            stored = await self._committer.read(rows)
+            if all(map(self._loader.has, states)):
+                break
+        taken = {row for row, value in zip(rows, stored, strict=True) if value is not None}
+        answers: list[str | SiloError] = []
+        for row, change in zip(rows, changes, strict=True):
+            refusal = self._objection(change.subject, is_taken=row in taken)
+            if refusal is None:
+                taken.add(row)
+                self._steps.take(change)
+            answers.append(change.subject.job_id if refusal is None else refusal)
+        return answers
+
+    def _objection(self, new: JobState, *, is_taken: bool) -> SiloError | None:
+        """Why a job is not admitted, when all that this depends on is in memory."""
+        if is_taken:
+            return JobExists(new.job_id)
+        try:
+            self._check_open()
+        except Overloaded as refusal:
+            return refusal
+        most = self._max_pending_jobs
+        if most is not None and self._state.counters.get(new.tenant).pending >= most:
+            # After the look for the id: whoever repeats an enqueue that was taken hears that it exists.
+            return _quota_reached(new.tenant, most)
+        return None
 
     async def get_job(self, *, tenant: str, job_id: str, with_attempts: bool = False) -> JobView:
         """A job as it stands now, durably.
@@ -295,6 +352,43 @@ class Shard:
         return JobView(
             job=job, state=state, attempts=tuple(attempts) if with_attempts else (), last_outcome=last
         )
+
+    async def wait_ended(self, *, tenant: str, job_id: str) -> None:
+        """Wait until the job has ended. Whoever looks at it then may find that it was restarted.
+
+        Raises:
+            JobNotFound: the tenant has no such job, or has none any more.
+            ShardClosed: also when the node stops.
+        """
+        watchers = self._state.watchers
+        name = (tenant, job_id)
+        while True:
+            # Watch first and look afterwards: an end in between is not missed.
+            watcher = asyncio.get_running_loop().create_future()
+            watchers.setdefault(name, set()).add(watcher)
+            try:
+                if await self._has_ended(tenant, job_id):
+                    return
+                if self._ends_waits:
+                    raise ShardClosed("the node stops", shard=self.shard_id)
+                await watcher
+            finally:
+                watchers[name].discard(watcher)
+                if not watchers[name]:
+                    del watchers[name]
+
+    async def _has_ended(self, tenant: str, job_id: str) -> bool:
+        """Whether the job has ended, durably."""
+        self._check_running()
+        row = keys.state_key(tenant, job_id)
+        [stored] = await self._committer.read([row])
+        if stored is None:
+            await self._refuse(JobNotFound(tenant=tenant, job_id=job_id))
+        if not codec.decode(JobState, stored).status.is_terminal:
+            return False
+        if not self._committer.is_durable(row):
+            await self._committer.durable()
+        return True
 
     async def cancel(self, *, tenant: str, job_id: str) -> None:
         """End a waiting job; flag a running one, whose worker is told.
@@ -449,26 +543,29 @@ class Shard:
             await asyncio.wait({feeding})
 
     def take_loaded(
-        self, *, worker_id: str, task_group: str, room: Room
+        self, *, worker_id: str, task_group: str, room: Room, session: str = ""
     ) -> tuple[list[Leased], asyncio.Task[None] | None]:
         """Lease what is due, fits and is in memory; and what to wait for if there is more.
 
         For callers who ask several shards: the leases count once `durable` has returned.
         """
         self._check_open()
-        return self._take_loaded(worker_id, task_group, room)
+        return self._take_loaded(worker_id, task_group, room, session)
 
     def _take_loaded(
-        self, worker_id: str, task_group: str, room: Room
+        self, worker_id: str, task_group: str, room: Room, session: str = ""
     ) -> tuple[list[Leased], asyncio.Task[None] | None]:
         self._check_running()
         queue = self._state.queue(task_group)
-        taken = self._take(queue, worker_id, room)
+        taken = self._take(queue, worker_id, room, session)
+        if room.is_full and queue.since_fed < _FEED_TASKS:
+            return taken, None  # There is more in memory than that.
+        queue.since_fed = 0
         return taken, self._feeder.feed(queue, room.tasks)
 
-    async def durable(self) -> None:
-        """Wait until everything so far is durable."""
-        await self._committer.durable()
+    def durable(self) -> asyncio.Future[None]:
+        """Done when everything so far is durable."""
+        return self._committer.durable()
 
     async def lease_one(self, *, tenant: str, job_id: str, worker_id: str) -> LeasedTask:
         """Lease this job's pending attempt now, whenever it is due.
@@ -498,25 +595,7 @@ class Shard:
             LeaseNotFound: the lease ran out or was reported; forget the task.
             StateForbids: the task is the refresh of a floating limit.
         """
-        while True:
-            self._check_running()
-            state = self._state.leases.get(task_id)
-            if state is None:
-                await self._refuse(LeaseNotFound(task_id=task_id))
-            if isinstance(state, FloatingState):
-                await self._refuse(StateForbids("task is the refresh of a floating limit", task_id=task_id))
-            if self._loader.has(state):
-                break
-            await self._loader.load([state])
-        change = outcomes.ended(
-            state,
-            outcome,
-            now_ms=self._clock.now_ms(),
-            priority_step_ms=self._step_ms,
-            rng=self._rng,
-        )
-        self._steps.take(change)
-        await self._committer.durable()
+        await self._report(task_id, outcome)
 
     async def report_refresh(self, task_id: str, outcome: RefreshOutcome) -> None:
         """End the refresh of a floating limit: with a new maximum, or with none and a pause.
@@ -525,24 +604,105 @@ class Shard:
             LeaseNotFound: the lease ran out or was reported; forget the task.
             WrongTask: the task is a job's.
         """
-        while True:
-            self._check_running()
-            state = self._state.leases.get(task_id)
-            if state is None:
-                await self._refuse(LeaseNotFound(task_id=task_id))
-            if not isinstance(state, FloatingState):
-                await self._refuse(WrongTask(task_id=task_id))
-            if self._loader.has_floating(state):
-                break
-            await self._loader.load_floating((state.tenant, state.key))
-        now_ms = self._clock.now_ms()
-        if isinstance(outcome, RefreshSucceeded):
-            after = floating.succeeded(state, max_concurrency=outcome.max_concurrency, now_ms=now_ms)
-        else:
-            after = floating.failed(state, now_ms=now_ms)
-            log.info("refresh of a floating limit failed", shard_id=self.shard_id, failures=after.failures)
-        self._steps.take_floating(state, after)
+        await self._report(task_id, outcome)
+
+    async def _report(self, task_id: str, report: AnyReport) -> None:
+        [refusal] = await self.report_many([(task_id, report)])
+        if refusal is not None:
+            raise refusal
+
+    async def report_many(self, reports: Sequence[tuple[str, AnyReport]]) -> list[SiloError | None]:
+        """End leases, each by itself and in this order; for each None, or why the report does not count."""
+        answers: list[SiloError | None] = []
+        for task_id, report in reports:
+            try:
+                while not self._take_report(task_id, report):
+                    await self._load_leased(task_id)
+            except ShardClosed:
+                raise
+            except SiloError as refusal:
+                answers.append(refusal)
+            else:
+                answers.append(None)
         await self._committer.durable()
+        return answers
+
+    def _take_report(self, task_id: str, report: AnyReport) -> bool:
+        """Make a report true; False if more has to be loaded first.
+
+        Raises:
+            LeaseNotFound, StateForbids, WrongTask: it does not count.
+        """
+        self._check_running()
+        now_ms = self._clock.now_ms()
+        state = self._state.leases.get(task_id)
+        match state, report:
+            case None, _:
+                raise LeaseNotFound(task_id=task_id)
+            case FloatingState(), RefreshSucceeded() | RefreshFailed() | HandedBack():
+                if not self._loader.has_floating(state):
+                    return False
+                after = floating.reported(state, report, now_ms=now_ms)
+                if after.failures > state.failures:
+                    log.info(
+                        "refresh of a floating limit failed", shard_id=self.shard_id, failures=after.failures
+                    )
+                self._steps.take_floating(state, after)
+            case FloatingState(), _:
+                raise StateForbids("task is the refresh of a floating limit", task_id=task_id)
+            case _, RefreshSucceeded() | RefreshFailed():
+                raise WrongTask(task_id=task_id)
+            case _, _:
+                if not self._loader.has(state):
+                    return False
+                change = outcomes.reported(
+                    state, report, now_ms=now_ms, priority_step_ms=self._step_ms, rng=self._rng
+                )
+                self._steps.take(change)
+        return True
+
+    async def _load_leased(self, task_id: str) -> None:
+        state = self._state.leases.get(task_id)
+        if isinstance(state, FloatingState):
+            await self._loader.load_floating((state.tenant, state.key))
+        elif state is not None:
+            await self._loader.load([state])
+
+    def hold(self, holder: LeaseHolder, task_ids: Iterable[str], *, session: str) -> list[str]:
+        """Renew leases of a session; those that are gone, which need not be durable yet.
+
+        `holder` is told of what others do to the leases, until it lets them go. Renewals are kept in
+        memory: after a restart every lease gets a full lease time anyway.
+        """
+        self._check_running()
+        leases = self._state.leases
+        expiry_ms = self._clock.now_ms() + LEASE_MS
+        lost: list[str] = []
+        for task_id in task_ids:
+            state = leases.get(task_id)
+            if state is None or state.lease is None or state.lease.session != session:
+                lost.append(task_id)
+                continue
+            leases.extend(task_id, expiry_ms)
+            if leases.holders.get(task_id) is not holder:
+                leases.holders[task_id] = holder
+                if state.cancelled_at_ms is not None:
+                    tell = partial(holder.was_cancelled, task_id, state.cancelled_at_ms)
+                    self._state.once_durable(tell)
+        return lost
+
+    def let_go(self, holder: LeaseHolder, task_ids: Iterable[str]) -> None:
+        """Tell `holder` nothing more of these leases."""
+        holders = self._state.leases.holders
+        for task_id in task_ids:
+            if holders.get(task_id) is holder:
+                del holders[task_id]
+
+    def leased_for(self, session: str) -> list[str]:
+        """The ids of all tasks that are leased for a session."""
+        return [
+            state.lease.task_id for state in self._state.leases.of_session(session) if state.lease is not None
+        ]
 
     async def heartbeat(self, *, task_id: str, worker_id: str) -> int | None:
         """Extend a lease to a full lease time from now; when the job was cancelled, if it was.
@@ -581,6 +741,7 @@ class Shard:
         """Let everyone who waits for work go home, now and from now on."""
         self._ends_waits = True
         self._state.listeners.wake_all()
+        self._state.wake_watchers()
 
     async def tick(self) -> int:
         """Do all that is due by now; how many steps that took. Tests call it after moving the clock."""
@@ -640,6 +801,7 @@ class Shard:
         self._asker.stop()
         self._stopped.set()
         self._state.listeners.wake_all()
+        self._state.wake_watchers()
 
     def _fail(self, cause: BaseException) -> None:
         """The store cannot be trusted any more: stop, and tell whoever waits."""
@@ -737,17 +899,21 @@ class Shard:
         await self._committer.durable()
         raise refusal
 
-    def _take(self, queue: TaskGroupQueue, worker_id: str, room: Room) -> list[Leased]:
+    def _take(self, queue: TaskGroupQueue, worker_id: str, room: Room, session: str) -> list[Leased]:
         now_ms = self._clock.now_ms()
         leased: list[Leased] = []
         for task in queue.take(room, self._feeder.is_loaded):
             if isinstance(task, FloatingState):
-                after = floating.leased(task, task_id=self._new_id(), worker_id=worker_id, now_ms=now_ms)
+                after = floating.leased(
+                    task, task_id=self._new_id(), worker_id=worker_id, now_ms=now_ms, session=session
+                )
                 self._state.apply_floating(task, after)
                 leased.append(after)
                 continue
             job = self._state.jobs.pop(task)
-            change = leasing.lease(task, task_id=self._new_id(), worker_id=worker_id, now_ms=now_ms)
+            change = leasing.lease(
+                task, task_id=self._new_id(), worker_id=worker_id, now_ms=now_ms, session=session
+            )
             self._state.apply(change)  # Nothing follows from it: its tickets stay where they are.
             assert change.after is not None
             leased.append(LeasedTask(job, change.after))

@@ -7,6 +7,7 @@ job passes next) is the business of `Steps`.
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 
 from silo.model.change import Change
@@ -60,6 +61,7 @@ class ShardState:
         self.turns = Turns(self.asking)
         self.limits = Limits(floors, self.alarms, self.turns, self.tally)
         self.listeners = Listeners(self._has_work)
+        self.watchers: dict[tuple[str, str], set[asyncio.Future[None]]] = {}  # Of jobs that have not ended.
         self.open_bytes = 0  # Of new jobs in the open group.
 
     def _has_work(self, task_group: str) -> bool:
@@ -123,6 +125,48 @@ class ShardState:
                 self.limits.spend(bucket)
             self.limits.move(before, after, rows)
         self.counters.move(subject.tenant, before.status if before else None, after.status if after else None)
+        if self.leases.holders:
+            self._tell_holder(before, after)
+        if self.watchers and (after is None or after.status.is_terminal):
+            self._tell_watchers((subject.tenant, subject.job_id))
+
+    def _tell_holder(self, before: Task | None, after: Task | None) -> None:
+        """Tell the holder of a lease that it is gone, or that its job was cancelled."""
+        if before is None or before.lease is None:
+            return
+        task_id = before.lease.task_id
+        if after is None or after.lease is None:
+            holder = self.leases.holders.pop(task_id, None)
+            if holder is not None:
+                self.once_durable(partial(holder.was_lost, task_id))
+        elif after.cancelled_at_ms is not None and before.cancelled_at_ms is None:
+            holder = self.leases.holders.get(task_id)
+            if holder is not None:
+                self.once_durable(partial(holder.was_cancelled, task_id, after.cancelled_at_ms))
+
+    def _tell_watchers(self, name: tuple[str, str]) -> None:
+        if name in self.watchers:
+            # They stay where they are until then: if the write fails, they are woken as the shard stops.
+            self.once_durable(partial(self._wake_watchers_of, name))
+
+    def wake_watchers(self) -> None:
+        """Let everyone who watches a job look again."""
+        for name in self.watchers:
+            self._wake_watchers_of(name)
+
+    def _wake_watchers_of(self, name: tuple[str, str]) -> None:
+        for watcher in self.watchers.get(name, ()):
+            if not watcher.done():
+                watcher.set_result(None)
+
+    def once_durable(self, callback: Callable[[], None]) -> None:
+        """Call it, later, when all so far is durable; never, if that fails."""
+
+        def tell(durable: asyncio.Future[None]) -> None:
+            if not durable.cancelled() and durable.exception() is None:
+                callback()
+
+        self.committer.durable().add_done_callback(tell)
 
     def apply_floating(self, before: FloatingState | None, after: FloatingState) -> None:
         """Make a floating limit's step true."""
@@ -136,6 +180,7 @@ class ShardState:
             self._leave_queue(before)
         if before is not None and before.lease is not None and after.lease is None:
             self.leases.drop(before.lease.task_id)
+            self._tell_holder(before, after)
         if isinstance(after.refresh, RefreshDue):
             self._enter_queue(after, None, rows)
         if after.lease is not None:

@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Iterable
+from typing import Protocol
 
 from silo.errors import StoreCorrupt
 from silo.model.counts import ShardTotals, TenantCounts
@@ -18,6 +19,16 @@ JOB_CACHE_BYTES_MAX = 64 << 20
 _JOB_OVERHEAD_BYTES = 600
 
 
+class LeaseHolder(Protocol):
+    """Who has leases, and is told what others do to them. Called once that is durable."""
+
+    def was_cancelled(self, task_id: str, cancelled_at_ms: int) -> None:
+        """The job was cancelled while it runs."""
+
+    def was_lost(self, task_id: str) -> None:
+        """The lease is gone, and not because its holder let go of it."""
+
+
 class Leases:
     """Running attempts, and refreshes of floating limits, by task id, and when each one expires.
 
@@ -29,6 +40,8 @@ class Leases:
         self._states: dict[str, Task] = {}
         self._expiries: dict[str, int] = {}
         self._order: list[tuple[int, str]] = []  # May name a time that a heartbeat has moved.
+        self._of_sessions: dict[str, set[str]] = {}
+        self.holders: dict[str, LeaseHolder] = {}
 
     def __len__(self) -> int:
         return len(self._states)
@@ -51,13 +64,24 @@ class Leases:
         if task_id not in self._expiries:
             self._expiries[task_id] = expiry_ms
             heapq.heappush(self._order, (expiry_ms, task_id))
+            if state.lease.session:
+                self._of_sessions.setdefault(state.lease.session, set()).add(task_id)
 
     def extend(self, task_id: str, expiry_ms: int) -> None:
         self._expiries[task_id] = expiry_ms
 
     def drop(self, task_id: str) -> None:
-        del self._states[task_id]
+        lease = self._states.pop(task_id).lease
         del self._expiries[task_id]
+        if lease is not None and lease.session:
+            of_session = self._of_sessions[lease.session]
+            of_session.discard(task_id)
+            if not of_session:
+                del self._of_sessions[lease.session]
+
+    def of_session(self, session: str) -> list[Task]:
+        """What was leased for a session."""
+        return [self._states[task_id] for task_id in self._of_sessions.get(session, ())]
 
     def next_expiry_ms(self) -> int | None:
         """When the next lease may expire; None without leases."""

@@ -1,6 +1,7 @@
 """What a request must look like. Codes and texts are part of the protocol: clients match on them."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from uuid import UUID
 
 from silo.errors import InvalidRequest, StateForbids, TenantNotInRange
@@ -17,6 +18,7 @@ LIMITS_MAX = 256  # Of one job: each costs a look at its state whenever the job 
 PAYLOAD_BYTES_MAX = 126 << 20  # A task with its payload and metadata must fit into a message of 128 MiB.
 
 
+@lru_cache(maxsize=1024)  # Every request of every worker names one of a few.
 def shard_id(text: str) -> str:
     """The canonical form of a shard id: hyphenated, bare, braced or as URN, in any case.
 

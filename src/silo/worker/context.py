@@ -5,6 +5,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from silo.client.limits import Limit
+
 P = TypeVar("P")
 M = TypeVar("M", bound=Mapping[str, object])  # Its values are texts; a TypedDict names its keys.
 
@@ -25,6 +27,7 @@ class Task(Generic[P, M]):
     tenant_id: str | None
     shard: str
     lease_ms: int
+    limits: tuple[Limit, ...] = ()  # Those of the job, in their order.
 
 
 class CancellationSignal:

@@ -4,6 +4,7 @@ import asyncio
 import enum
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 import msgspec
@@ -15,15 +16,18 @@ from silo.client.errors import (
     TaskLeaseLostError,
     TaskNotFoundError,
 )
-from silo.client.messages import Outcome, report_to_pb
-from silo.client.outcome import Cancelled, Failure, Success
+from silo.client.messages import Outcome
+from silo.client.outcome import Cancelled, Failure, Retry, Success
 from silo.client.types import Heartbeat, LeasedTask
 from silo.errors import LEASE_NOT_FOUND, LEASE_OWNER_MISMATCH
 from silo.wire.payload import decode
-from silo.wire.pb.silo.v1 import silo_pb2 as pb
+from silo.wire.pb.silo.ext.v1 import ext_pb2 as pb
 from silo.worker.context import CancellationSignal, Task, TaskContext
 from silo.worker.errors import ErrorReports, error_data, is_being_cancelled
-from silo.worker.held import HeldTask
+from silo.worker.execution.blocking import BlockingTaskContext
+from silo.worker.execution.errors import HandlerTimeout
+from silo.worker.held import HeldTask, Report
+from silo.worker.reports import report_of
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,7 @@ R = TypeVar("R")
 # Two forms of handlers, because from one type with both `Success[R]` and `R` no type checker tells what R is.
 OutcomeHandler = Callable[[TaskContext[P, M]], Awaitable[Success[R] | Failure | Cancelled]]
 ValueHandler = Callable[[TaskContext[P, M]], Awaitable[R | Failure | Cancelled]]
+BlockingHandler = Callable[[BlockingTaskContext[P, M]], Success[R] | Failure | Cancelled | R]
 
 
 class _Reason(enum.Enum):
@@ -42,7 +47,15 @@ class _Reason(enum.Enum):
     LEASE_LOST = "lease-lost"
 
 
-class HeldJobTask(HeldTask, Generic[P, M, R]):
+@dataclass(frozen=True)
+class Handling(Generic[P, M]):
+    """How a worker runs its tasks."""
+
+    run: Callable[[TaskContext[P, M]], Awaitable[object]]
+    payload_type: type[P] | None
+
+
+class HeldJobTask(HeldTask, Generic[P, M]):
     """A task that runs an attempt of a job."""
 
     def __init__(
@@ -50,15 +63,15 @@ class HeldJobTask(HeldTask, Generic[P, M, R]):
         leased: LeasedTask,
         *,
         client: SiloGRPCClient,
-        handler: OutcomeHandler[P, M, R] | ValueHandler[P, M, R],
-        payload_type: type[P] | None,
+        handling: Handling[P, M],
+        report: Report,
         report_error: ErrorReports,
     ) -> None:
         super().__init__(leased, job_id=leased.job_id, tenant=leased.tenant_id)
         self._leased = leased
         self._client = client
-        self._handler = handler
-        self._payload_type = payload_type
+        self._handling = handling
+        self._report = report
         self._report_error = report_error
         self._signal = CancellationSignal()
         self._reason: _Reason | None = None
@@ -83,37 +96,42 @@ class HeldJobTask(HeldTask, Generic[P, M, R]):
         if self.is_lost:
             return
         if self._reason is not None:
-            report = self._encoded(Cancelled())
+            report = report_of(self, Cancelled())
         try:
-            await self._client.send_report(report, shard=self.shard)
+            await self._report(self, report)
         except TaskNotFoundError as error:
-            # An earlier try may have been stored although its answer was lost. That is no loss.
-            if not error.after_retry or not await self._was_stored():
-                raise
+            await self.report_refused(error)
 
-    async def _run_handler(self) -> pb.ReportOutcomeRequest:
+    async def report_refused(self, error: SiloClientError) -> None:
+        # An earlier try may have been stored although its answer was lost. That is no loss.
+        is_gone = isinstance(error, TaskNotFoundError)
+        if not (is_gone and error.after_retry and await self._was_stored()):
+            self._report_error(error, self.id)
+
+    async def _run_handler(self) -> pb.Report:
         """Run the handler; whatever it does becomes an outcome that can be sent."""
+        outcome: Outcome | Retry
         try:
-            returned = await self._handler(self._context())
-            if not isinstance(returned, Success | Failure | Cancelled):
-                returned = Success(returned)
-            return self._encoded(returned)
+            returned = await self._handling.run(self._context())
+            outcome = returned if isinstance(returned, Success | Failure | Cancelled) else Success(returned)
+            return report_of(self, outcome)
+        except Retry as retry:
+            outcome = retry
+        except HandlerTimeout as error:
+            outcome = Failure("TIMEOUT", error_data(error))
         except asyncio.CancelledError as error:
             if is_being_cancelled():
                 raise  # The worker is torn down; this is not the handler's own doing.
-            failure = Failure("HANDLER_ERROR", error_data(error))
+            outcome = Failure("HANDLER_ERROR", error_data(error))
         except Exception as error:  # The edge around user code.
-            failure = Failure("HANDLER_ERROR", error_data(error))
-        return self._encoded(failure)
-
-    def _encoded(self, outcome: Outcome) -> pb.ReportOutcomeRequest:
-        return report_to_pb(outcome, task_id=self.id, tenant=self.tenant)
+            outcome = Failure("HANDLER_ERROR", error_data(error))
+        return report_of(self, outcome)
 
     def _context(self) -> TaskContext[P, M]:
         leased = self._leased
         payload = decode(leased.payload_bytes, field="payload")
-        if self._payload_type is not None:
-            payload = msgspec.convert(payload, self._payload_type)
+        if self._handling.payload_type is not None:
+            payload = msgspec.convert(payload, self._handling.payload_type)
         task = Task(
             id=leased.id,
             job_id=leased.job_id,
@@ -127,6 +145,7 @@ class HeldJobTask(HeldTask, Generic[P, M, R]):
             tenant_id=leased.tenant_id,
             shard=leased.shard,
             lease_ms=leased.lease_ms,
+            limits=leased.limits,
         )
         return TaskContext(task, self._signal, self._cancel_job)
 
@@ -155,18 +174,24 @@ class HeldJobTask(HeldTask, Generic[P, M, R]):
             for attempt in job.attempts or ()
         )
 
+    def was_cancelled(self) -> None:
+        self._cancel(_Reason.SERVER)
+
+    def was_lost(self, cause: SiloClientError) -> None:
+        if not self.is_lost:
+            self._cancel(_Reason.LEASE_LOST)
+            self._report_error(TaskLeaseLostError(self.id, self._leased.job_id, cause), self.id)
+
     def heartbeat_answered(self, answer: Heartbeat) -> None:
         if answer.cancelled:
-            self._cancel(_Reason.SERVER)
+            self.was_cancelled()
 
     def heartbeat_failed(self, error: BaseException) -> None:
         if self.is_settled:
             return  # The usual race with the report.
-        is_lost = (
-            isinstance(error, TaskNotFoundError) and LEASE_NOT_FOUND in (error.grpc_message or "")
-        ) or (isinstance(error, SiloFailedPreconditionError) and LEASE_OWNER_MISMATCH in error.grpc_message)
-        if not is_lost:
+        if (isinstance(error, TaskNotFoundError) and LEASE_NOT_FOUND in (error.grpc_message or "")) or (
+            isinstance(error, SiloFailedPreconditionError) and LEASE_OWNER_MISMATCH in error.grpc_message
+        ):
+            self.was_lost(error)
+        else:
             self._report_error(error, self.id)
-        elif not self.is_lost:
-            self._cancel(_Reason.LEASE_LOST)
-            self._report_error(TaskLeaseLostError(self.id, self._leased.job_id, error), self.id)

@@ -9,13 +9,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from silo.client.client import SiloGRPCClient
-from silo.client.messages import refresh_failure_to_pb, refresh_success_to_pb
+from silo.client.errors import SiloClientError
 from silo.client.types import Heartbeat, RefreshTask
-from silo.wire.pb.silo.v1 import silo_pb2 as pb
+from silo.wire.pb.silo.ext.v1 import ext_pb2 as pb
 from silo.worker.context import CancellationSignal
 from silo.worker.errors import ErrorReports, error_message, is_being_cancelled
-from silo.worker.held import HeldTask
+from silo.worker.held import HeldTask, Report
+from silo.worker.reports import refresh_failed, refresh_succeeded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,9 @@ class RefreshTaskContext:
 
 
 RefreshHandler = Callable[[RefreshTaskContext], Awaitable[int]]
+
+
+NO_REFRESH_HANDLER = "NO_REFRESH_HANDLER"
 
 
 def no_refresh_handler(count: int) -> str:
@@ -46,15 +49,15 @@ class HeldRefreshTask(HeldTask):
         self,
         task: RefreshTask,
         *,
-        client: SiloGRPCClient,
         handler: RefreshHandler,
         worker_id: str,
         stop_signal: CancellationSignal,
+        report: Report,
         report_error: ErrorReports,
     ) -> None:
         super().__init__(task, job_id=None, tenant=task.tenant)
-        self._client = client
         self._handler = handler
+        self._report = report
         self._report_error = report_error
         self._context = RefreshTaskContext(
             task=task, shard=task.shard, worker_id=worker_id, signal=stop_signal
@@ -75,20 +78,29 @@ class HeldRefreshTask(HeldTask):
     async def run(self) -> None:
         report = await self._run_handler()
         self.is_settled = True
-        await self._client.send_refresh_report(report, shard=self.shard)
+        await self._report(self, report)
 
-    async def _run_handler(self) -> pb.ReportRefreshOutcomeRequest:
+    async def _run_handler(self) -> pb.Report:
         """Run the handler; whatever it does becomes an outcome that can be sent."""
         try:
             maximum = await self._handler(self._context)
-            return refresh_success_to_pb(maximum, task_id=self.id, tenant=self.tenant)
+            return refresh_succeeded(self, maximum)
         except asyncio.CancelledError as error:
             if is_being_cancelled():
                 raise  # The worker is torn down; this is not the handler's own doing.
             message = error_message(error)
         except Exception as error:  # The edge around user code.
             message = error_message(error)
-        return refresh_failure_to_pb("REFRESH_HANDLER_ERROR", message, task_id=self.id, tenant=self.tenant)
+        return refresh_failed(self, "REFRESH_HANDLER_ERROR", message)
+
+    def was_cancelled(self) -> None:
+        """There is no job that could have been cancelled."""
+
+    def was_lost(self, cause: SiloClientError) -> None:
+        self._report_error(cause, self.id)
+
+    async def report_refused(self, error: SiloClientError) -> None:
+        self._report_error(error, self.id)
 
     def heartbeat_answered(self, answer: Heartbeat) -> None:
         """There is no job that could have been cancelled."""

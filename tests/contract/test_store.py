@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
 from silo.errors import StoreFenced, StoreUnavailable
+from silo.storage.journal import JournaledStorage
 from silo.storage.memory import MemoryStorage
 from silo.storage.slate import SlateStorage
 from silo.storage.store import Row, Store
@@ -48,13 +49,26 @@ def s3() -> Iterator[pytest.MonkeyPatch]:
     server.stop()
 
 
-@pytest.fixture(params=["memory", "slate in memory", "slate on files", "slate on s3"])
+@pytest.fixture(
+    params=[
+        "memory",
+        "slate in memory",
+        "slate on files",
+        "slate on s3",
+        "journal in memory",
+        "journal on files",
+    ]
+)
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     match request.param:
         case "memory":
             return MemoryStorage()
         case "slate in memory":
             return SlateStorage("memory://contract")
+        case "journal in memory":
+            return JournaledStorage(MemoryStorage())
+        case "journal on files":
+            return JournaledStorage(SlateStorage(str(tmp_path / "journal")))
         case "slate on files":
             return SlateStorage(str(tmp_path / "dätä #1"))
         case _:

@@ -60,6 +60,7 @@ class ShardMachine(RuleBasedStateMachine):
 
     options: ShardOptions | None = None
     is_tiny = False
+    storage_type: type[MemoryStorage] = MemoryStorage
 
     def open(self, seed: int) -> None:
         self.bounds = ExitStack()
@@ -67,7 +68,7 @@ class ShardMachine(RuleBasedStateMachine):
             self.bounds.enter_context(tiny_memory())
         self.loop = asyncio.new_event_loop()
         self.clock = VirtualClock()
-        self.storage = MemoryStorage()
+        self.storage = self.storage_type()
         self.rng = Random(seed)
         self.shard = self.run(self.reopen())
 

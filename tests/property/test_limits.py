@@ -4,8 +4,10 @@ There is no model here: what must hold is said by `check_snapshot` of every stat
 every step. Numbers in comments are those of the list of invariants in the specification of the engine.
 """
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
@@ -15,8 +17,10 @@ from silo.model.attempt import Cancelled, Failure, Outcome, PastAttempt, Success
 from silo.model.floating import FloatingState, RefreshFailed, RefreshSucceeded
 from silo.model.job import LEASE_MS, ImportedJob, JobState, RetryPolicy
 from silo.model.limit import Limit, RateAlgorithm, RateBehavior, RateLimit
+from silo.storage import journal
 from tests.builders import SHARD, a_job, a_policy, a_rate, at_most, floating
 from tests.invariants import Name, Stored, check_grants, check_snapshot, check_step
+from tests.journaled import JournaledMemoryStorage
 from tests.property.machine import ShardMachine
 
 tenants = st.sampled_from(["-", "a"])
@@ -253,6 +257,23 @@ class TinyMemoryLimitsMachine(LimitsMachine):
     is_tiny = True
 
 
+class JournaledLimitsMachine(LimitsMachine):
+    """The same on a store with a journal, which applies it whenever it finds the time."""
+
+    storage_type = JournaledMemoryStorage
+
+    def open(self, seed: int) -> None:
+        super().open(seed)
+        self.bounds.enter_context(applied_at_once())
+
+
+@contextmanager
+def applied_at_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(journal, "APPLY_S", 0)
+        yield
+
+
 _SETTINGS = settings(
     max_examples=150,
     stateful_step_count=40,
@@ -261,5 +282,7 @@ _SETTINGS = settings(
 )
 LimitsMachine.TestCase.settings = _SETTINGS
 TinyMemoryLimitsMachine.TestCase.settings = _SETTINGS
+JournaledLimitsMachine.TestCase.settings = _SETTINGS
 TestLimits = LimitsMachine.TestCase
+TestLimitsOnAJournal = JournaledLimitsMachine.TestCase
 TestLimitsInTinyMemory = TinyMemoryLimitsMachine.TestCase

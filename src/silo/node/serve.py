@@ -20,6 +20,7 @@ from silo.node.memory import Memory, bound_from, watched
 from silo.node.readings import not_served, readings_served
 from silo.shard.limiter import RateLimiter
 from silo.shard.shard import ShardOptions
+from silo.storage.journal import JournaledStorage
 from silo.storage.slate import SlateStorage
 from silo.telemetry.logging import Log
 
@@ -84,7 +85,7 @@ async def serve(
                 advertised_addr=config.coordination.advertised_grpc_addr or config.server.grpc_addr,
                 tenancy_enabled=config.tenancy.enabled,
                 dev_mode=config.server.dev_mode,
-                storage=storage,
+                storage=JournaledStorage(storage),
                 clock=SystemClock(),
                 rng=rng,
                 options=ShardOptions(

@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 from silo.errors import ShardClosed, SiloError, StoreError, describe
-from silo.storage.store import Store
+from silo.storage.store import Group, Store
 
 Rows = dict[bytes, bytes | None]
 
@@ -42,8 +42,8 @@ class Committer:
         self._store = store
         self._seal = seal
         self._failed = failed
-        self.rows: Rows = {}  # The open group. Added to between two awaits, never across one.
-        self._writing: Rows = {}
+        self.rows = Group()  # The open group. Added to between two awaits, never across one.
+        self._writing = Group()
         self._waiters: list[asyncio.Future[None]] = []
         self._writing_waiters: list[asyncio.Future[None]] = []
         self._reads: set[_Reads] = set()
@@ -136,7 +136,7 @@ class Committer:
                 return
 
     async def _write_group(self) -> bool:
-        rows, self.rows = self.rows, {}
+        rows, self.rows = self.rows, Group()
         waiters, self._waiters = self._waiters, []
         self._writing, self._writing_waiters = rows, waiters
         try:
@@ -145,7 +145,7 @@ class Committer:
         except SiloError as error:
             self.fail(error)
             return False
-        self._writing = {}
+        self._writing = Group()
         self.groups_written += 1
         self._note_reads(rows)
         _resolve(waiters, None)

@@ -128,6 +128,7 @@ class Shard:
         self._committer = Committer(store, seal=self._seal_group, failed=self._stop)
         self._state = ShardState(
             totals=recovered.totals,
+            newest_id_ms=recovered.newest_id_ms,
             floors=floors,
             leases=leases_from(recovered.leases, grace_until_ms=clock.now_ms() + LEASE_MS),
             committer=self._committer,
@@ -262,13 +263,9 @@ class Shard:
             new, job_id=job_id, now_ms=self._clock.now_ms(), priority_step_ms=self._step_ms
         )
         assert change.after is not None
-        stored = None
-        if new.id is None:
-            await self._ready(change.after)
-        else:
-            [stored] = await self._read_ready(change.after, [keys.state_key(new.tenant, job_id)])
+        [is_taken] = await self._are_taken([change.after], are_drawn=[new.id is None])
         self._check_open()
-        refusal = self._objection(change.after, is_taken=stored is not None)
+        refusal = self._objection(change.after, is_taken=is_taken)
         if refusal is not None:
             await self._refuse(refusal)
         self._steps.take(change)
@@ -299,21 +296,38 @@ class Shard:
             for new in jobs
         ]
         states = [change.subject for change in changes]
-        rows = [keys.state_key(state.tenant, state.job_id) for state in states]
-        while True:
-            await self._loader.load(states)
-            stored = await self._committer.read(rows)
-            if all(map(self._loader.has, states)):
-                break
-        taken = {row for row, value in zip(rows, stored, strict=True) if value is not None}
+        are_taken = await self._are_taken(states, are_drawn=[new.id is None for new in jobs])
+        admitted: set[tuple[str, str]] = set()
         answers: list[str | SiloError] = []
-        for row, change in zip(rows, changes, strict=True):
-            refusal = self._objection(change.subject, is_taken=row in taken)
+        for change, state, is_taken in zip(changes, states, are_taken, strict=True):
+            name = (state.tenant, state.job_id)
+            refusal = self._objection(state, is_taken=is_taken or name in admitted)
             if refusal is None:
-                taken.add(row)
+                admitted.add(name)
                 self._steps.take(change)
-            answers.append(change.subject.job_id if refusal is None else refusal)
+            answers.append(state.job_id if refusal is None else refusal)
         return answers
+
+    async def _are_taken(self, jobs: Sequence[JobState], *, are_drawn: Sequence[bool]) -> list[bool]:
+        """Whether there are jobs with these ids, with in memory what steps of the jobs look at.
+
+        `are_drawn`: which ids we have drawn ourselves. Nothing is awaited after the look.
+        """
+        ids = self._state.ids
+        while True:
+            await self._loader.load(jobs)
+            is_known = [drawn or ids.is_new(job.job_id) for job, drawn in zip(jobs, are_drawn, strict=True)]
+            rows = [
+                keys.state_key(job.tenant, job.job_id)
+                for job, known in zip(jobs, is_known, strict=True)
+                if not known
+            ]
+            found = iter(await self._committer.read(rows) if rows else ())
+            if all(map(self._loader.has, jobs)) and all(
+                drawn or not known or ids.is_new(job.job_id)
+                for job, drawn, known in zip(jobs, are_drawn, is_known, strict=True)
+            ):
+                return [not known and next(found) is not None for known in is_known]
 
     def _objection(self, new: JobState, *, is_taken: bool) -> SiloError | None:
         """Why a job is not admitted, when all that this depends on is in memory."""
@@ -944,6 +958,7 @@ class _Recovered(msgspec.Struct, frozen=True):
 
     created_at_ms: int
     totals: ShardTotals
+    newest_id_ms: int
     leases: list[Row]
     floors: list[Row]
 
@@ -956,13 +971,15 @@ def _quota_reached(tenant: str, most: int) -> QuotaReached:
 
 
 async def _recover(store: Store, now_ms: int) -> _Recovered:
-    created, totals = await store.get_many([keys.CREATED_AT, keys.TOTALS])
+    facts = [keys.CREATED_AT, keys.TOTALS, keys.NEWEST_ID]
+    created, totals, newest_id = await store.get_many(facts)
     if created is None:
         created = codec.encode(now_ms)
         await store.write({keys.CREATED_AT: created})
     return _Recovered(
         created_at_ms=codec.decode(int, created),
         totals=codec.decode(ShardTotals, totals) if totals else ShardTotals(),
+        newest_id_ms=codec.decode(int, newest_id) if newest_id else 0,
         leases=[row async for row in scan_all(store, keys.LEASES, page_rows=_SCAN_ROWS)],
         floors=[row async for row in scan_all(store, keys.FLOORS, page_rows=_SCAN_ROWS)],
     )

@@ -19,6 +19,7 @@ from silo.shard.agenda import Agenda
 from silo.shard.committer import Committer, Rows
 from silo.shard.dispatch import TaskGroupQueue
 from silo.shard.floors import Floors
+from silo.shard.ids import KnownIds
 from silo.shard.limits import Limits
 from silo.shard.listeners import Listeners
 from silo.shard.turns import Turns
@@ -39,6 +40,7 @@ class ShardState:
         self,
         *,
         totals: ShardTotals,
+        newest_id_ms: int,
         floors: Floors,
         leases: Leases,
         committer: Committer,
@@ -51,6 +53,7 @@ class ShardState:
         self.floors = floors
         self.leases = leases
         self.counters = Counters(totals)
+        self.ids = KnownIds(newest_id_ms)
         self.jobs = JobCache()
         self.queues: dict[str, TaskGroupQueue] = {}  # Those not asked for the longest first.
         self.timers: Agenda[JobState] = Agenda(keys.TIMERS, floors, self.tally)
@@ -89,6 +92,7 @@ class ShardState:
         """Complete the open group, which is about to be written; and keep memory within its bounds."""
         self.open_bytes = 0
         self.counters.seal(rows)
+        self.ids.seal(rows)
         self.limits.seal(rows)
         self.counters.trim()
         self.limits.trim()
@@ -112,6 +116,8 @@ class ShardState:
         write_change(change, rows)
         if change.job is not None:  # Created or deleted: whatever is cached under its id is another job.
             self.jobs.drop(change.job.tenant, change.job.id)
+            if before is None:
+                self.ids.add(change.job.id)
             self.open_bytes += change.subject.payload_bytes
         if before is not None:
             self._leave(before, after)

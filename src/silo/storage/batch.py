@@ -17,6 +17,7 @@ from silo.model.job import (
 )
 from silo.model.task import Task
 from silo.storage import codec, keys
+from silo.storage.store import Group
 
 QUEUED_BYTES_MAX = 1024  # A larger job is not copied into its queue row.
 
@@ -40,7 +41,7 @@ def write_change(change: Change, rows: MutableMapping[bytes, bytes | None]) -> N
     if after is None:
         _delete_history(change, rows)
     else:
-        _write_state(after, job_value, rows)
+        _write_state(after, job_value, rows)  # After the deletions: what is new now was not there before.
     if change.job is not None:
         rows[keys.job_key(subject.tenant, subject.job_id)] = job_value
         for name, text in change.job.metadata:
@@ -55,6 +56,8 @@ def _write_state(state: JobState, job_value: bytes | None, rows: MutableMapping[
     value = codec.encode(state)
     rows[keys.state_key(state.tenant, state.job_id)] = value
     index_row, *locus = derived_keys(state)
+    if isinstance(rows, Group):
+        rows.fresh.update(key for key in (index_row, *locus) if key not in rows)
     rows[index_row] = b""
     if job_value is not None and isinstance(state.pending, Ready) and len(job_value) <= QUEUED_BYTES_MAX:
         value = codec.queued(value, job_value)

@@ -23,6 +23,7 @@ endian; negative times are kept as 0. Families:
     c  tenant                              job counts by status
     w  range prefix                        floor: no live row of the range lies before it
     s  name                                facts about the shard
+    J  number                              groups whose rows are written later
 """
 
 import struct
@@ -46,6 +47,8 @@ EXPIRIES = b"e"
 FLOORS = b"w"
 CREATED_AT = b"screated_at"
 TOTALS = b"stotals"
+NEWEST_ID = b"snewest_id"
+JOURNAL = b"J"
 
 
 def _text(value: str) -> bytes:
@@ -129,6 +132,15 @@ def asking_key(turn: int, tenant: str, job_id: str) -> bytes:
 
 def expiry_key(at_ms: int, tenant: str, job_id: str) -> bytes:
     return _by_time(EXPIRIES, at_ms, tenant, job_id)
+
+
+def journal_key(number: int) -> bytes:
+    return JOURNAL + _TIME.pack(number)
+
+
+def read_journal(key: bytes) -> int:
+    """The number of an entry of the journal."""
+    return read_time(key)
 
 
 def read_time(key: bytes) -> int:

@@ -126,6 +126,9 @@ class MemoryStore:
 
         await self._run("write", work)
 
+    async def write_behind(self, batch: Batch) -> None:
+        await self.write(batch)
+
     async def flush(self) -> None:
         await self._run("flush", lambda: None)
 

@@ -12,6 +12,18 @@ Batch: TypeAlias = Mapping[bytes, bytes | None]
 Row: TypeAlias = tuple[bytes, bytes]
 
 
+class Group(dict[bytes, bytes | None]):
+    """A batch that is being filled.
+
+    `fresh`: those of its rows that surely were not there before, neither in the store nor in an
+    earlier batch. That is a hint: a store may use it to leave out rows that come and go.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fresh: set[bytes] = set()
+
+
 class Store(Protocol):
     """One shard's ordered key space. One writer; keys sort as bytes and are never empty.
 

@@ -18,6 +18,7 @@ from silo.model.job import DEFAULT_TENANT, LeasedTask, NewJob
 from silo.model.limit import Limit
 from silo.model.shards import HashRange
 from silo.shard.shard import Shard
+from silo.storage.journal import JournaledStorage
 from silo.storage.slate import SlateStorage
 
 PAYLOAD = b"x" * 100
@@ -29,7 +30,7 @@ _LEASE = 50
 
 @asynccontextmanager
 async def open_shard(root: Path) -> AsyncIterator[Shard]:
-    store = await SlateStorage(str(root)).open("bench")
+    store = await JournaledStorage(SlateStorage(str(root))).open("bench")
     shard = await Shard.open(
         shard_id="bench", range=HashRange(), store=store, clock=SystemClock(), rng=Random(os.getpid())
     )

@@ -1,5 +1,10 @@
 """Silo: a durable background job queue whose only store is object storage."""
 
+import os
+
+# gRPC's own way of surviving a fork makes children crash; `silo.sync` has another one. It counts at import.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 from silo.client.client import SiloGRPCClient
 from silo.client.enqueue_many import NewJob
 from silo.client.errors import (
@@ -67,6 +72,7 @@ from silo.tasks.worker import AppWorker
 from silo.wire.payload import PayloadError
 from silo.worker.context import Task, TaskContext
 from silo.worker.errors import ErrorContext
+from silo.worker.execution.blocking import BlockingTaskContext
 from silo.worker.refresh import RefreshTaskContext
 from silo.worker.worker import SiloWorker, WorkerMetrics
 
@@ -75,6 +81,7 @@ __all__ = [
     "AppWorker",
     "AsyncTaskFunction",
     "AttemptStatus",
+    "BlockingTaskContext",
     "Cancelled",
     "ClientClosed",
     "ClusterUnreachable",

@@ -44,7 +44,7 @@ CHANNEL_DEFAULTS: Mapping[str, object] = {
     "grpc.max_receive_message_length": 128 << 20,
     "grpc.max_metadata_size": 64 << 10,
     "grpc.initial_reconnect_backoff_ms": 100,
-    "grpc.min_reconnect_backoff_ms": 100,
+    "grpc.min_reconnect_backoff_ms": 5000,  # How long one try to connect may take, whatever its name says.
     "grpc.max_reconnect_backoff_ms": 1000,
     "grpc.enable_retries": 1,
     "grpc.service_config": json.dumps(_RETRY_EXHAUSTED),

@@ -23,7 +23,7 @@ _REFLECTION = "grpc.reflection.v1.ServerReflection"
 CALLS_WAITING_MAX = 1 << 16
 
 HANDSHAKE_MS = 10_000
-PING_MS = 2_500
+PING_MS = 6_000  # After that long without a word. Clients ping every 5 s: then there is nothing to do.
 PING_TIMEOUT_MS = 3_500
 
 _OPTIONS = (

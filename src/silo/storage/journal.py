@@ -2,7 +2,7 @@
 
 Most rows of a job live for milliseconds: its place in a queue, its lease, its place in an index. A group of
 the committer becomes durable as one row, the *journal* entry, which costs a fraction of the rows in
-it. What it says is visible at once, in memory. Several times a second all that came together is written in
+it. What it says is visible at once, in memory. Twice a second all that came together is written in
 one batch with the deletion of its entries. Rows that came and went meanwhile never reach the store.
 
 Guarantees:
@@ -24,7 +24,7 @@ from silo.model.storage import StorageInfo
 from silo.storage import keys
 from silo.storage.store import Batch, Group, Row, Store, scan_all
 
-APPLY_S = 0.25
+APPLY_S = 0.5
 ROWS_MAX = 50_000
 BATCH_BYTES_MAX = 1 << 20
 _PAGE_ROWS = 256

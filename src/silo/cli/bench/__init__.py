@@ -16,7 +16,8 @@ BENCHES: Mapping[str, tuple[Bench, str]] = {
     "limits": (limits.limits, "the same with limits on jobs; a million queues, and a million jobs in one"),
     "backlog": (engine.backlog, "memory with a large backlog, and reopening after kill -9"),
     "fairness": (engine.fairness, "one job of a new tenant against 100 000 of another"),
-    "latency": (network.latency, "enqueue call to handler start, idle worker, real server"),
+    "latency": (network.latency, "enqueue to start, end to result, cancel to seen; idle worker, real server"),
+    "idle": (network.idle, "memory and processor of a server with 1 000 idle workers and 10 000 task groups"),
     "e2e": (network.end_to_end, "server, producer and worker as three processes"),
 }
 

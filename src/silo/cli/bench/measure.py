@@ -32,6 +32,12 @@ def resident_mb(pid: int) -> float:
     return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
 
 
+def cpu_seconds(pid: int) -> float:
+    """What a process has used of processors so far, from /proc."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def role_command(role: str, argument: str, count: int) -> tuple[str, ...]:
     """The command line of a child process that plays a part in a bench."""
     return (sys.executable, "-m", "silo.cli.bench.roles", role, argument, str(count))

@@ -13,6 +13,7 @@ _ROLES: dict[str, Callable[[str, int], Awaitable[None]]] = {
     "fill": lambda folder, count: engine.fill(Path(folder), count),
     "produce": network.produce,
     "work": network.work,
+    "wait": network.wait_for_work,
 }
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from silo import Failure, SiloGRPCClient, Success
+from silo import Failure, SiloGRPCClient, SiloWorker, Success, TaskContext
 from silo.cli.server_process import free_port
 from silo.config import DEFAULT_METRICS_ADDR, MetricsConfig
 from silo.node.memory import Memory
 from silo.node.readings import NodeReadings, readings_served
 from silo.telemetry import metrics
 from silo.telemetry.metrics import CONTENT_TYPE, MetricsNotServed, Reading, metrics_served
+from tests.builders import until
 from tests.integration.child import Child, failure, silo
 from tests.integration.rpc_server import GROUP, rpc_server
 
@@ -302,3 +303,24 @@ async def test_the_default_address_may_be_taken(
     ):
         assert address == taken
         assert (await scrape(taken))["silo_durability_info"] == {("none",): 1}
+
+
+async def test_workers_to_which_tasks_are_pushed_are_told_of_with_their_tasks() -> None:
+    release = asyncio.Event()
+
+    async def handler(ctx: TaskContext[object, dict[str, str]]) -> None:
+        await release.wait()
+
+    async with rpc_server() as server, SiloGRPCClient(server.address) as client:
+        readings = NodeReadings(server.node, durability="none")
+
+        def told() -> tuple[float, float]:
+            now = list(readings.read())
+            return one(now, "silo_workers_connected")[()], one(now, "silo_tasks_pushed")[()]
+
+        assert told() == (0, 0)
+        async with SiloWorker(client=client, worker_id="w", task_group=GROUP, handler=handler):
+            await client.enqueue(payload=1, task_group=GROUP)
+            await until(lambda: told() == (1, 1))
+            release.set()
+        await until(lambda: told() == (0, 0))

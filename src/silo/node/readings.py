@@ -72,6 +72,9 @@ class NodeReadings:
             labels=("level",),
             values={(self._durability,): 1},
         )
+        sessions = self._node.sessions
+        yield _gauge("silo_workers_connected", "Workers to which tasks are pushed.", {(): len(sessions)})
+        yield _gauge("silo_tasks_pushed", "Tasks that these workers have.", {(): sessions.held})
         memory = self._node.memory
         yield _gauge(
             "silo_short_of_memory", "1 while new jobs are refused for lack of memory.", {(): memory.is_short}

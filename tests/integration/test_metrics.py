@@ -311,7 +311,8 @@ async def test_workers_to_which_tasks_are_pushed_are_told_of_with_their_tasks() 
     async def handler(ctx: TaskContext[object, dict[str, str]]) -> None:
         await release.wait()
 
-    async with rpc_server() as server, SiloGRPCClient(server.address) as client:
+    async with rpc_server() as server:
+        server.node.advertised_addr = server.address
         readings = NodeReadings(server.node, durability="none")
 
         def told() -> tuple[float, float]:
@@ -319,7 +320,10 @@ async def test_workers_to_which_tasks_are_pushed_are_told_of_with_their_tasks() 
             return one(now, "silo_workers_connected")[()], one(now, "silo_tasks_pushed")[()]
 
         assert told() == (0, 0)
-        async with SiloWorker(client=client, worker_id="w", task_group=GROUP, handler=handler):
+        async with (
+            SiloGRPCClient(server.address) as client,
+            SiloWorker(client=client, worker_id="w", task_group=GROUP, handler=handler),
+        ):
             await client.enqueue(payload=1, task_group=GROUP)
             await until(lambda: told() == (1, 1))
             release.set()

@@ -90,6 +90,10 @@ class OneNode:
     def open_shards(self) -> Sequence[Shard]:
         return list(self._open.values())
 
+    def ids(self) -> set[str]:
+        """The shards that are open."""
+        return set(self._open)
+
     async def open(self, shard_id: str = SHARDS[0]) -> Shard:
         """Open a shard; an earlier writer of it loses its store."""
         shard = await reopened(

@@ -17,6 +17,7 @@ from typing import Any
 
 turns = itertools.count()
 later = queue.SimpleQueue[Any]()  # For what handlers leave behind for the next one in the same process.
+told = queue.SimpleQueue[Any]()
 
 
 def nothing(ctx: Any) -> None: ...
@@ -279,17 +280,28 @@ def cancel_in_the_next_job(ctx: Any) -> int:
 
     def cancel() -> None:
         later.get()
-        ctx.cancel()
-        later.put(ctx.cancelled)
+        try:
+            ctx.cancel()
+        except RuntimeError as error:
+            told.put((str(error), ctx.cancelled))
 
     threading.Thread(target=cancel, daemon=True).start()
     return os.getpid()
 
 
-def be_the_next_job(ctx: Any) -> tuple[int, bool, bool]:
+def end_while_a_thread_cancels(ctx: Any) -> int:
+    def cancel() -> None:
+        with contextlib.suppress(RuntimeError):
+            ctx.cancel()
+
+    threading.Thread(target=cancel, daemon=True).start()
+    ctx.wait_cancelled()
+    return os.getpid()
+
+
+def be_the_next_job(ctx: Any) -> tuple[int, Any, bool]:
     later.put("go on")
-    time.sleep(0.05)
-    return os.getpid(), later.get(timeout=10), ctx.cancelled
+    return os.getpid(), told.get(timeout=10), ctx.cancelled
 
 
 # Processes

@@ -183,11 +183,11 @@ class FakeSilo:
 
 
 @asynccontextmanager
-async def fake_silo() -> AsyncIterator[FakeSilo]:
-    """A fake server that runs while the block runs."""
+async def fake_silo(*services: grpc.GenericRpcHandler) -> AsyncIterator[FakeSilo]:
+    """A fake server that runs while the block runs, with `services` beside it."""
     silo = FakeSilo()
     server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
-    server.add_generic_rpc_handlers((_handlers(silo),))
+    server.add_generic_rpc_handlers((_handlers(silo), *services))
     silo.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     silo._server = server
     await server.start()

@@ -16,8 +16,15 @@ from typing import Any
 import pytest
 
 import silo
-from silo import ClientClosed, JobAlreadyExistsError, JobNotFoundError, JobTimeoutError, SiloGRPCClient
-from silo.client.enqueue_many import UNDER_WAY_MAX, NewJob
+from silo import (
+    ClientClosed,
+    JobAlreadyExistsError,
+    JobNotFoundError,
+    JobTimeoutError,
+    NewJob,
+    SiloGRPCClient,
+)
+from silo.client.enqueue_many import UNDER_WAY_MAX
 from silo.client.types import RpcOptions
 from silo.errors import ConfigError
 from silo.rpc.auth import EVERYTHING, Tokens

@@ -8,8 +8,7 @@ from pathlib import Path
 _USE = """
 from collections.abc import Iterator, Sequence
 
-from silo import Job, JobResult
-from silo.client.enqueue_many import NewJob
+from silo import Job, JobResult, NewJob
 from silo.sync import JobHandle, SiloClient
 
 

@@ -22,6 +22,7 @@ FAST = RetryPolicy(retry_count=2, initial_interval_ms=1, max_interval_ms=1, rand
 
 # At the top of a module, since processes import them by name.
 app = App()
+notes: list[str] = []
 
 
 @dataclass
@@ -103,6 +104,16 @@ def wait_in_thread(started: str) -> None:
     wait_until_cancelled(started)
 
 
+@app.task
+async def sleep_on_loop() -> None:
+    notes.append("started")
+    try:
+        await asyncio.sleep(60)
+    except asyncio.CancelledError:
+        notes.append("interrupted")
+        raise
+
+
 @app.task(execution="process", timeout=0.3)
 def sleep_in_process() -> None:
     time.sleep(60)
@@ -182,6 +193,15 @@ async def test_a_task_that_waits_hears_that_its_job_is_cancelled(
         await until((tmp_path / "started").exists)
         await handle.cancel()
         assert (await handle.result(TIMEOUT_S)).status == "Cancelled"
+
+
+async def test_an_async_task_is_interrupted_if_that_is_asked_for() -> None:
+    async with at_work(interrupts=True):
+        handle = await sleep_on_loop.enqueue()
+        await until(lambda: notes == ["started"])
+        await handle.cancel()
+        assert (await handle.result(TIMEOUT_S)).status == "Cancelled"
+    assert notes == ["started", "interrupted"]
 
 
 async def test_a_timeout_ends_a_process_and_goes_on_without_a_thread() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import silo.testing
 from silo import (
+    App,
     ConcurrencyLimit,
     JobAttempt,
     JobHandle,
@@ -297,7 +298,7 @@ async def test_running_workers_can_be_waited_for() -> None:
             await s.run_until_idle()
         async with s.running(a_worker(s.client, Recorder(s))):
             job = await s.client.enqueue(payload=1, task_group=GROUP)
-            assert (await s.run_until_idle()).ended == 1
+            assert (await s.run_until_idle()).waiting == 0
             assert await job.status() == "Succeeded"
 
 
@@ -311,6 +312,22 @@ async def test_a_job_can_be_waited_for() -> None:
                 await s.wait_for(job, "Succeeded", "Failed", timeout=0.1)
             handler.release.set()
             assert (await s.wait_for(job, "Succeeded")).result == "done"
+
+
+async def test_the_worker_of_an_app_runs_like_any_other() -> None:
+    app = App(task_group=GROUP)
+
+    @app.task
+    async def double(number: int) -> int:
+        return 2 * number
+
+    async with silo.testing.server() as s:
+        app.configure(client=s.client)
+        job = await double.options(delay=60).enqueue(21)
+        assert await s.run_until_idle(app.worker()) == Ran(ended=0, waiting=1)
+        async with s.running(app.worker()):
+            await s.advance(minutes=1)
+        assert (await job.result(timeout=10)).result == 42
 
 
 # The same each time

@@ -25,9 +25,9 @@ def run(folder: Path, *command: str) -> str:
 
 
 def test_the_guide_has_examples_of_both_kinds() -> None:
-    assert len(_EXAMPLES) == 6
+    assert len(_EXAMPLES) == 7
     assert sum("\ndef test_" in example for example in _EXAMPLES) == 1
-    assert sum("\nasync def test_" in example for example in _EXAMPLES) == 4
+    assert sum("\nasync def test_" in example for example in _EXAMPLES) == 5
 
 
 @pytest.mark.parametrize("number", [n for n, example in enumerate(_EXAMPLES) if "def test_" in example])

@@ -288,7 +288,7 @@ async def test_the_line_of_an_import_that_fails_is_named(tmp_path: Path, code: P
             "Error: no task of package.tasks:app is in group 'numbres'; did you mean 'numbers'?",
         ),
         (
-            ("jobs:empty",),
+            ("jobs:empty", "--groups", "a"),
             "Error: jobs:empty: the app has no tasks: import the modules that declare them",
         ),
         (

@@ -18,6 +18,7 @@ from tests.builders import DONE, a_job, a_rate, at_most, floating
 from tests.one_shard import OneShard, one_shard
 
 TICKETS: list[Limit] = [at_most(2)]
+HASTY = ShardOptions(store_timeout_s=0.2)  # A hung write fails soon, so that the test can end.
 
 
 async def enqueue(here: OneShard, *jobs: NewJob) -> list[str]:
@@ -262,7 +263,7 @@ async def test_a_shard_that_has_closed_admits_nothing() -> None:
 
 
 async def test_what_was_admitted_is_durable_when_it_is_answered() -> None:
-    async with one_shard() as here:
+    async with one_shard(options=HASTY) as here:
         await enqueue(here, a_job("a"), a_job("b"))
         here.storage.faults.plan("write", Fault.HANG)
         refusing = asyncio.ensure_future(enqueue(here, a_job("a"), a_job("c"), a_job("c")))

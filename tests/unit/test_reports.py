@@ -18,6 +18,7 @@ from tests.builders import DONE, GROUP, SHARD, a_job, a_policy, a_rate, at_most,
 from tests.one_shard import BROKEN, OneShard, one_shard
 
 AT_ONCE = a_policy(5, initial_interval_ms=0)
+HASTY = ShardOptions(store_timeout_s=0.2)  # A hung write fails soon, so that the test can end.
 BACK = HandedBack()
 LATER = Postponed(3_000)
 FINAL = FinalFailure(BROKEN)
@@ -399,7 +400,7 @@ async def test_a_refresh_takes_no_other_report_of_a_job(what: AnyReport) -> None
 
 
 async def test_reports_are_answered_when_they_are_durable() -> None:
-    async with one_shard() as here:
+    async with one_shard(options=HASTY) as here:
         await here.run(a_job("a"), a_job("b"))
         reports = [(here.task_id("a"), DONE), (here.task_id("b"), DONE)]
         here.storage.faults.plan("write", Fault.HANG)

@@ -9,12 +9,15 @@ from silo.model.attempt import HandedBack, Postponed
 from silo.model.floating import RefreshSucceeded
 from silo.model.job import DEFAULT_TENANT, LEASE_MS, JobStatus
 from silo.node.session import MESSAGE_BYTES, UNREAD_MAX, WINDOW_MAX
+from silo.shard.shard import ShardOptions
 from silo.storage.memory import Fault
-from tests.builders import DONE, a_job, a_policy, at_most, floating
+from tests.builders import DONE, a_job, a_policy, at_most, floating, until
 from tests.one_node import SHARDS, OneNode, Worker, one_node
 from tests.one_shard import BROKEN
+from tests.property.machine import tiny_memory
 
 AT_ONCE = a_policy(9, initial_interval_ms=0)
+HASTY = ShardOptions(store_timeout_s=0.2)  # A hung write fails soon, so that the test can end.
 SCHEDULED, RUNNING, SUCCEEDED, FAILED, CANCELLED = JobStatus
 
 
@@ -35,7 +38,7 @@ async def cancel(node: OneNode, job_id: str = "j") -> None:
 
 
 async def test_a_task_is_sent_when_its_lease_is_durable_and_not_before() -> None:
-    async with one_node() as node:
+    async with one_node(options=HASTY) as node:
         worker = node.join()
         node.storage.faults.plan("write", Fault.HANG, call=node.storage.faults.calls["write"] + 2)
         await node.enqueue(a_job("j"))
@@ -177,13 +180,10 @@ async def test_a_lease_outlives_its_stream_by_one_lease_time_and_not_more() -> N
 async def test_sessions_are_renewed_by_a_timer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("silo.node.sessions.RENEW_S", 0.001)
     async with one_node() as node:
-        await working(node, "j")
+        task_id = (await working(node, "j")).tasks["j"]
+        leases = node.shard()._state.leases  # Nothing public tells.
         for _ in range(3):
-            renewed_at_ms = node.clock.now_ms()
-            async with asyncio.timeout(5):
-                [lease] = node.shard()._state.leases._expiries  # Nothing public tells.
-                while node.shard()._state.leases.expiry_ms(lease) < renewed_at_ms + LEASE_MS:
-                    await asyncio.sleep(0.001)
+            await until(lambda: leases.expiry_ms(task_id) == node.clock.now_ms() + LEASE_MS)
             await node.wait(LEASE_MS - 1)
         assert node.status("j") is RUNNING
 
@@ -209,7 +209,7 @@ async def test_a_refresh_is_renewed_like_a_job() -> None:
 
 
 async def test_a_cancellation_is_told_once_it_is_durable() -> None:
-    async with one_node() as node:
+    async with one_node(options=HASTY) as node:
         worker = await working(node, "j")
         node.storage.faults.plan("write", Fault.HANG)
         cancelling = asyncio.ensure_future(cancel(node))
@@ -241,6 +241,8 @@ async def test_a_cancellation_is_told_once_whatever_else_happens_to_the_job() ->
         await node.enqueue(a_job("j", limits=[at_most(1)]))
         await node.settle()
         await cancel(node)
+        await node.settle()
+        worker.read()
         await node.shard().drop_holders(tenant=DEFAULT_TENANT)
         node.sessions.renew()
         await node.settle()
@@ -331,7 +333,7 @@ async def test_a_lease_is_told_as_lost_when_that_is_durable_and_not_before(fault
 
 
 async def test_a_renewal_tells_nothing_of_what_is_not_durable() -> None:
-    async with one_node() as node:
+    async with one_node(options=HASTY) as node:
         worker = await working(node, "j")
         node.storage.faults.plan("write", Fault.HANG)
         reporting = asyncio.ensure_future(node.shard().report(worker.tasks["j"], DONE))
@@ -344,7 +346,7 @@ async def test_a_renewal_tells_nothing_of_what_is_not_durable() -> None:
 
 @pytest.mark.parametrize("what", [DONE, BROKEN, HandedBack(), Postponed(5)], ids=str)
 async def test_a_worker_is_not_told_of_the_loss_of_what_it_reports_itself(what: object) -> None:
-    async with one_node() as node:
+    async with one_node(options=HASTY) as node:
         worker = await working(node, "j")
         worker.session.set_window(0)
         write = node.storage.faults.calls["write"] + 1
@@ -355,7 +357,7 @@ async def test_a_worker_is_not_told_of_the_loss_of_what_it_reports_itself(what: 
         await asyncio.sleep(0.02)
         assert (worker.read().lost, worker.answers) == ([], [])
         reporting.cancel()
-    async with one_node() as node:
+    async with one_node(options=HASTY) as node:
         worker = await working(node, "j")
         worker.session.set_window(0)
         reporting = asyncio.ensure_future(worker.report("j", what=what))
@@ -431,9 +433,28 @@ async def test_a_report_that_a_closing_shard_did_not_answer_keeps_its_lease() ->
         for _ in range(3):
             await node.wait(LEASE_MS - 1)
             node.sessions.renew()
-        assert (worker.read().lost, worker.session.room) == ([], 0)
+        assert (worker.read().lost, worker.session.room, worker.order) == ([], 0, ["j"])
         await worker.report("j")
         assert worker.answers[-1] == (worker.tasks["j"], None)
+
+
+async def test_a_renewal_while_reports_are_looked_at_loses_none_of_them() -> None:
+    """With next to no memory each has to wait for what it looks at."""
+    with tiny_memory():
+        async with one_node() as node:
+            worker = node.join(window=0, slots=9)
+            names = [f"j{number}" for number in range(5)]
+            await node.enqueue(*(a_job(name, tenant=name, limits=[at_most(1, name)]) for name in names))
+            worker.session.set_window(5)
+            while len(worker.read().tasks) < 5:
+                await node.settle()
+            worker.session.set_window(0)
+            reporting = asyncio.ensure_future(worker.report(*names))
+            while not reporting.done():
+                node.sessions.renew()
+                await asyncio.sleep(0)
+            assert worker.lost == []
+            assert sorted(worker.answers) == sorted((task_id, None) for task_id in worker.tasks.values())
 
 
 async def test_two_reports_of_one_task_are_both_answered_and_one_counts() -> None:

@@ -52,6 +52,10 @@ class Point(msgspec.Struct):
     parent: "Point | None" = None
 
 
+class Strict(msgspec.Struct, forbid_unknown_fields=True):
+    x: int = 0
+
+
 class Cat(pydantic.BaseModel):
     kind: Literal["cat"] = "cat"
 
@@ -174,6 +178,7 @@ def takes_more(
     big: int = 0,
     anything: Any = None,
     point: Point | None = None,
+    strict: Strict | None = None,
 ) -> None:
     pass
 
@@ -214,6 +219,7 @@ def test_arguments_that_do_not_fit_are_refused_by_name(
         ({"pet": {"kind": SECRET}}, "pet", "unknown tag - at `$.pet`"),
         ({"pet": {SECRET: 1}}, "pet", "Unable to extract tag using discriminator 'kind' - at `$.pet`"),
         ({"pets": {SECRET: {"kind": "dog", "name": 1}}}, "pets", "at `$.pets[...][...].name`"),
+        ({"strict": {SECRET: 1}}, "strict", "Object contains an unknown field - at `$.strict`"),
         ({"pets": {SECRET: object()}}, "pets", "Unable to serialize unknown type"),
     ],
 )
@@ -252,7 +258,14 @@ def test_what_messagepack_cannot_hold_is_blamed_on_its_parameter(
 
 def test_a_worker_checks_again_what_it_gets() -> None:
     signature = Signature("app.t", takes)
-    for payload, parameter in [({"n": 1}, "to"), ({"to": 1}, "to"), ({"to": "a", "x": 1}, None), ([1], None)]:
+    for payload, parameter in [
+        ({"n": 1}, "to"),
+        ({"to": 1}, "to"),
+        ({"to": "a", "x": 1}, None),
+        ({"to": "a", "x - at `$.to`": 1}, None),
+        ([1], None),
+        (None, None),
+    ]:
         with pytest.raises(TaskArgumentError) as caught:
             signature.arguments_from_plain(payload)
         assert caught.value.parameter == parameter

@@ -189,7 +189,7 @@ async def _kill_and_start_again(console: Console, server: ServerProcess) -> None
     await server.start()
     console.print(
         f"[green]started again[/green] as pid {server.pid}, on the same files; "
-        "tasks that were on their way to the worker come back when their 10 s lease ends"
+        "the worker connects again and goes on with what it has"
     )
 
 

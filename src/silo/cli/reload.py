@@ -28,6 +28,7 @@ class _Reloader:
     def __init__(self, arguments: Sequence[str]) -> None:
         self._command = (sys.executable, "-m", "silo.cli.main", *arguments)
         self._child: asyncio.subprocess.Process | None = None
+        self._is_told = False  # The child was told to end.
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
@@ -57,17 +58,21 @@ class _Reloader:
         self._child = await asyncio.create_subprocess_exec(
             *self._command, stdin=asyncio.subprocess.DEVNULL, process_group=0
         )
+        self._is_told = False
 
     async def _end(self) -> None:
         assert self._child is not None
-        if not self._stopping.is_set():  # Otherwise it was told already.
+        if not self._is_told:
             self._tell()
         await self._child.wait()
 
     def _on_signal(self) -> None:
+        is_second = self._stopping.is_set()
         self._stopping.set()
-        self._tell()
+        if is_second or not self._is_told:  # It may be on its way to the end because of a change.
+            self._tell()
 
     def _tell(self) -> None:
         if self._child is not None and self._child.returncode is None:
+            self._is_told = True
             self._child.send_signal(signal.SIGTERM)

@@ -105,16 +105,16 @@ async def _run_app(app: App, target: str, settings: WorkerSettings) -> None:
     if settings.task_group:
         raise BadTarget(f"{target} is an App, whose tasks name their groups; choose some with --groups")
     app.configure(settings.servers, token=settings.token, tls=settings.tls, tenant=settings.tenant)
-    for group in settings.groups or ():
-        if group not in app.task_groups:
-            close = get_close_matches(group, app.task_groups, n=1) or app.task_groups
-            raise BadTarget(f"no task of {target} is in group {group!r}; did you mean {close[0]!r}?")
     try:
         worker = app.worker(
             groups=settings.groups, max_concurrent_tasks=settings.concurrency or DEFAULT_CONCURRENCY
         )
     except (TypeError, ValueError) as error:
         raise BadTarget(f"{target}: {error}") from error
+    for group in settings.groups or ():
+        if group not in app.task_groups:
+            close = get_close_matches(group, app.task_groups, n=1) or app.task_groups
+            raise BadTarget(f"no task of {target} is in group {group!r}; did you mean {close[0]!r}?")
     await worker.run(on_ready=lambda: _announce_app(app, worker, target))
 
 

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Generic, TypeVar
 
 R = TypeVar("R")
+
+_AFTER_S_MAX = 100 * 366 * 86_400
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Failure:
     """The attempt failed; the job's retry policy decides what follows.
 
     With `is_final` the job fails, whatever its policy still allows; towards a server that only speaks
-    `silo.v1` that is ignored. `HANDLER_ERROR`, `TIMEOUT` and `WORKER_CRASHED` are used by Silo itself.
+    `silo.v1` that is ignored. The codes `HANDLER_ERROR`,
+    `HANDLER_CRASHED`, `TIMEOUT` and `WORKER_CRASHED` are Silo's own.
     """
 
     code: str
@@ -40,12 +44,18 @@ class Retry(Exception):
     a failure `RETRY`, which counts and follows the job's retry policy.
 
     Args:
-        after: seconds, or a timedelta; not negative.
+        after: seconds, or a timedelta; from none to a hundred years.
+
+    Raises:
+        ValueError: it is outside of that.
     """
 
     def __init__(self, *, after: float | timedelta = 0.0) -> None:
         after_s = after.total_seconds() if isinstance(after, timedelta) else after
-        if not after_s >= 0:
-            raise ValueError(f"after must not be negative, not {after_s}")
+        if not 0 <= after_s <= _AFTER_S_MAX:
+            raise ValueError(f"after must be from 0 to {_AFTER_S_MAX} seconds, not {after_s}")
         super().__init__(f"run again after {after_s} s")
         self.after_s = after_s
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (partial(Retry, after=self.after_s), ())  # For handlers in other processes.

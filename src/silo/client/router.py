@@ -135,6 +135,7 @@ class Router:
         self._plain_until: dict[str, float] = {}  # Servers that only speak `silo.v1`, as of a while ago.
         self._watchers: dict[Callable[[], None], None] = {}
         self._first_refresh: asyncio.Task[None] | None = None
+        self._refresh: asyncio.Task[None] | None = None
         self._background: asyncio.Task[None] | None = None
         self._is_closed = False
         self.wrong_shard_retries = 0  # Calls repeated because a server did not have the shard any more.
@@ -151,7 +152,7 @@ class Router:
     async def close(self) -> None:
         """Close all connections; calls that run and later ones raise ClientClosed."""
         self._is_closed = True
-        for task in (self._background, self._first_refresh):
+        for task in (self._background, self._first_refresh, self._refresh):
             if task is not None:
                 task.cancel()
                 await asyncio.wait({task})
@@ -245,8 +246,12 @@ class Router:
         if self._first_refresh is None or self._first_refresh.done():
             self._first_refresh = asyncio.get_running_loop().create_task(self.refresh_topology())
             self._first_refresh.add_done_callback(_note_exception)
+        await self._shared(self._first_refresh)
+
+    async def _shared(self, refresh: asyncio.Task[None]) -> None:
+        """Wait for a refresh that others wait for, too."""
         try:
-            await asyncio.shield(self._first_refresh)
+            await asyncio.shield(refresh)
         except asyncio.CancelledError:
             if not _is_being_cancelled():
                 self.check_open()
@@ -330,8 +335,12 @@ class Router:
                 task.add_done_callback(_note_exception)
 
     async def _try_to_refresh(self) -> ClusterUnreachable | None:
+        # Calls that lost the same server at the same time ask once: thousands may have been under way.
+        if self._refresh is None or self._refresh.done():
+            self._refresh = asyncio.get_running_loop().create_task(self.refresh_topology())
+            self._refresh.add_done_callback(_note_exception)
         try:
-            await self.refresh_topology()
+            await self._shared(self._refresh)
         except ClusterUnreachable as error:
             if not error.may_recover:
                 raise
@@ -352,7 +361,7 @@ class Router:
                 return await self._batcher(address).enqueue(call.request)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                    self._plain_until[address] = asyncio.get_running_loop().time() + _PLAIN_S
+                    self.note_plain(address)
                 elif error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
                     raise  # What is too much at the moment is sent again by the channel, one by one.
         return await self._invoke(
@@ -361,10 +370,7 @@ class Router:
 
     def _may_batch(self, address: str) -> bool:
         """Whether enqueues may travel together: not those that each bring metadata of their own."""
-        if self._rpc_options is not None:
-            return False
-        until_s = self._plain_until.get(address)
-        return until_s is None or until_s <= asyncio.get_running_loop().time()
+        return self._rpc_options is None and not self.is_plain(address)
 
     def _batcher(self, address: str) -> Batcher:
         batcher = self._batchers.get(address)
@@ -426,6 +432,16 @@ class Router:
                 raise
             finally:
                 call.cancel()
+                await call.code()  # Until it has ended: a loop that closes first would be told of it.
+
+    def is_plain(self, address: str) -> bool:
+        """Whether a server only speaks `silo.v1`, as far as is known; it is asked again now and then."""
+        until_s = self._plain_until.get(address)
+        return until_s is not None and until_s > asyncio.get_running_loop().time()
+
+    def note_plain(self, address: str) -> None:
+        """A server did not know a call of the extension."""
+        self._plain_until[address] = asyncio.get_running_loop().time() + _PLAIN_S
 
     def owner_of(self, shard_id: str) -> str | None:
         """The address of the server that has a shard, as far as is known."""

@@ -12,6 +12,7 @@ does not hold up the others.
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from random import Random
 
 from silo.errors import Overloaded, ShardClosed, StoreError
 from silo.model.task import Leased
@@ -31,6 +32,7 @@ class Delivery:
         """`shards`: those that are open at the moment."""
         self._shards = shards
         self._lines: dict[str, _Line] = {}
+        self._rng = Random(0)  # Any order will do that does not repeat itself.
         self._is_stopped = False
 
     def __repr__(self) -> str:
@@ -45,7 +47,7 @@ class Delivery:
             if line is None:
                 if session.room <= 0:
                     continue
-                line = _Line(name, self._shards, went_idle=self._drop_if_idle)
+                line = _Line(name, self._shards_in_turn(), went_idle=self._drop_if_idle)
                 self._lines[name] = line
             line.has_room(session)
             self._drop_if_idle(line)
@@ -70,6 +72,11 @@ class Delivery:
             line.stop()
         self._lines.clear()
 
+    def _shards_in_turn(self) -> Sequence[Shard]:
+        """In another order each time: a line that is new whenever its only session has room is fair, too."""
+        shards = self._shards()
+        return self._rng.sample(shards, len(shards))
+
     def _drop_if_idle(self, line: "_Line") -> None:
         if line.is_idle and self._lines.get(line.task_group) is line:
             del self._lines[line.task_group]
@@ -82,12 +89,11 @@ class _Line:
     def __init__(
         self,
         task_group: str,
-        shards: Callable[[], Sequence[Shard]],
+        shards: Iterable[Shard],
         *,
         went_idle: Callable[["_Line"], None],
     ) -> None:
         self.task_group = task_group
-        self._shards = shards
         self._went_idle = went_idle
         self._idle: dict[Session, None] = {}  # With an idle slot.
         self._ahead: dict[Session, None] = {}  # With room only.
@@ -96,7 +102,7 @@ class _Line:
         self._reading: set[asyncio.Task[None]] = set()
         self._next_round: asyncio.Handle | None = None
         self._again: asyncio.TimerHandle | None = None
-        self.listen(shards())
+        self.listen(shards)
 
     @property
     def is_idle(self) -> bool:

@@ -90,7 +90,8 @@ class Session:
         self._hand_back = hand_back
         self._window = 0
         self._reserved = 0
-        self._reported: set[str] = set()  # Of those held: their handlers have ended.
+        # Of those held: their handlers have ended, and nobody need hear what becomes of their leases.
+        self._reported: set[str] = set()
 
     def __repr__(self) -> str:
         return f"Session({self.worker_id!r}, {len(self.held)} of {self._window} tasks)"
@@ -202,11 +203,9 @@ class Session:
                 self.was_lost(task_id)
 
     def _held_by_shard(self) -> dict[str, list[str]]:
-        """What it works on. Leases that were reported are on their way out: nobody need hear of that."""
         by_shard: dict[str, list[str]] = {}
         for task_id, shard_id in self.held.items():
-            if task_id not in self._reported:
-                by_shard.setdefault(shard_id, []).append(task_id)
+            by_shard.setdefault(shard_id, []).append(task_id)
         return by_shard
 
     # Reports

@@ -20,7 +20,11 @@ _Handler = TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
 
 
 def answering(handler: _Handler) -> _Handler:
-    """Turn what a handler raises into a status. Anything unforeseen is INTERNAL, and logged."""
+    """Turn what a handler raises into a status. Anything unforeseen is INTERNAL, and logged.
+
+    Handlers of streams send the initial metadata themselves before they write: gRPC takes it for unsent while
+    the first message is being written, and whoever cancels that could not send a status any more.
+    """
 
     @functools.wraps(handler)
     async def answer(self: object, request: Any, context: Any) -> Any:

@@ -11,16 +11,14 @@ from typing import Any  # grpc is untyped: contexts are Any here.
 import grpc
 
 from silo.errors import ErrorKind, ShardClosed, ShardNotFound, SiloError, StateForbids, describe
-from silo.model.attempt import Failure, Success
 from silo.model.floating import FloatingState
 from silo.model.job import ImportedJob, JobStatus
 from silo.model.shards import HashRange
 from silo.model.task import Leased
-from silo.model.view import JobView
 from silo.node.node import Node
 from silo.rpc.answering import answering
 from silo.rpc.auth import EVERYTHING, Access
-from silo.rpc.scope import job_scope, new_job, worker_scope
+from silo.rpc.scope import job_scope, new_job, view_bytes, worker_scope
 from silo.rpc.status import STATUS
 from silo.shard.shard import Shard
 from silo.telemetry import profiling
@@ -117,14 +115,14 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
     async def GetJob(self, request: pb.GetJobRequest, context: Any) -> pb.GetJobResponse:
         shard, tenant = job_scope(self._node, request)
         view = await shard.get_job(tenant=tenant, job_id=request.id, with_attempts=request.include_attempts)
-        self._node.memory.check(_size(view))
+        self._node.memory.check(view_bytes(view))
         return convert.job_to_pb(view)
 
     @answering
     async def GetJobResult(self, request: pb.GetJobResultRequest, context: Any) -> pb.GetJobResultResponse:
         shard, tenant = job_scope(self._node, request)
         view = await shard.get_job(tenant=tenant, job_id=request.id)
-        self._node.memory.check(_size(view))
+        self._node.memory.check(view_bytes(view))
         return convert.job_result_to_pb(view)
 
     @answering
@@ -329,16 +327,6 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
     async def DumpTasks(self, request: pb.DumpTasksRequest, context: Any) -> pb.DumpTasksResponse:
         dump, tasks = profiling.dump_tasks()
         return pb.DumpTasksResponse(dump=dump, task_count=tasks)
-
-
-def _size(view: JobView) -> int:
-    """About how many bytes the parts of a job take that can be large."""
-    size = len(view.job.payload)
-    for outcome in (view.last_outcome, *(attempt.outcome for attempt in view.attempts)):
-        match outcome:
-            case Success(result=data) | Failure(data=data):
-                size += len(data)
-    return size
 
 
 def _status_text(error: SiloError) -> str:

@@ -2,7 +2,9 @@
 
 from typing import Any  # Requests of different methods have the same fields.
 
+from silo.model.attempt import Failure, Success
 from silo.model.job import NewJob
+from silo.model.view import JobView
 from silo.node.node import Node
 from silo.rpc.auth import Access
 from silo.shard.shard import Shard
@@ -41,3 +43,13 @@ def worker_scope(node: Node, access: Access, request: Any) -> Shard:
     if task_group is not None:  # Otherwise the lease is gone, and that is what the caller will hear.
         access.check_task(task_group)
     return shard
+
+
+def view_bytes(view: JobView) -> int:
+    """About how many bytes the parts of a job take that can be large."""
+    size = len(view.job.payload)
+    for outcome in (view.last_outcome, *(attempt.outcome for attempt in view.attempts)):
+        match outcome:
+            case Success(result=data) | Failure(data=data):
+                size += len(data)
+    return size

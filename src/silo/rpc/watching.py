@@ -10,7 +10,7 @@ from silo.model.view import JobView
 from silo.node.node import Node
 from silo.rpc.answering import status_of
 from silo.rpc.auth import Access
-from silo.rpc.scope import job_scope
+from silo.rpc.scope import job_scope, view_bytes
 from silo.shard.shard import Shard
 from silo.wire import convert
 from silo.wire.pb.silo.ext.v1 import ext_pb2 as pb
@@ -30,18 +30,20 @@ class TooManyWatches(SiloError):
     kind = ErrorKind.EXHAUSTED
 
 
-async def ended_job(shard: Shard, *, tenant: str, job_id: str) -> JobView:
+async def ended_job(node: Node, shard: Shard, *, tenant: str, job_id: str) -> JobView:
     """The job, once it has ended.
 
     Raises:
         JobNotFound: the tenant has no such job, or has none any more.
         ShardClosed: also when the node stops.
         Overloaded: too much waits to be written.
+        ShortOfMemory: its result is large, and memory is short.
     """
     while True:
         await shard.wait_ended(tenant=tenant, job_id=job_id)
         view = await shard.get_job(tenant=tenant, job_id=job_id)
         if view.state.status.is_terminal:  # Otherwise it was restarted meanwhile.
+            node.memory.check(view_bytes(view))
             return view
 
 
@@ -66,6 +68,7 @@ class WatchStream:
 
     async def run(self, requests: AsyncIterator[pb.WatchJobsRequest]) -> None:
         """Until the client has said all and everything is answered, or the node stops."""
+        await self._context.send_initial_metadata(())  # See `answering`.
         loop = asyncio.get_running_loop()
         reader = loop.create_task(self._read(requests), name="read watches")
         writer = loop.create_task(self._write(), name="write watches")
@@ -150,6 +153,7 @@ class WatchStream:
             shard, tenant = self._scope(asked)
             view = await shard.get_job(tenant=tenant, job_id=asked.id)
             if view.state.status.is_terminal:
+                self._node.memory.check(view_bytes(view))
                 answer.result.CopyFrom(convert.job_result_to_pb(view))
         except SiloError as error:
             error.__traceback__ = None

@@ -38,6 +38,7 @@ class WorkStream:
         first = await anext(requests, None)
         if first is None or not first.HasField("hello"):
             raise InvalidRequest("the first message of a stream must say hello")
+        await self._context.send_initial_metadata(())  # See `answering`.
         session = self._join(first.hello)
         loop = asyncio.get_running_loop()
         reader = loop.create_task(self._read(session, first, requests), name=f"read {session!r}")

@@ -11,8 +11,8 @@ child both start anew with their next call. What runs meanwhile in other threads
     any other call                   is waited for, `FORK_PATIENCE_S` at most
     a call that begins               waits for the end of the fork
 
-If that does not work, or something else in the process uses gRPC on an event loop, the fork goes on and the
-parent notices nothing; the child refuses calls, since they would hang.
+If that does not work, or something else in the process uses gRPC, too, the fork goes on and the parent
+notices nothing; the child refuses calls, since they would hang.
 """
 
 import asyncio
@@ -20,12 +20,12 @@ import atexit
 import gc
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError, Future, wait
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any, Generic, TypeVar
-
-import grpc
 
 from silo.client.client import SiloGRPCClient
 from silo.client.errors import ClientClosed, SiloClientError
@@ -38,6 +38,8 @@ Operation = Callable[[SiloGRPCClient], Coroutine[Any, Any, R]]
 FORK_PATIENCE_S = 2.0
 _STOP_S = 5.0
 _CANCELLED_S = 1.0
+_GONE_S = 1.0
+_GRPC_THREADS = ("event_engine", "lifeguard", "grpc_", "timer_manager", "default-execut", "resolver-execut")
 
 
 class Source:
@@ -122,7 +124,8 @@ class Background:
     """What all blocking clients of a process share."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # Held while a call begins, and all through a fork.
+        # Held while a call begins, and all through a fork. Reentrant, for handlers of signals.
+        self._lock = threading.RLock()
         self._thread: _ClientThread | None = None
         self._survives_fork = True
         self._is_crippled = False  # By a fork that came at a wrong moment.
@@ -147,7 +150,6 @@ class Background:
                     raise
             finally:
                 call.future.cancel()  # Does something only if the wait was interrupted, as by Ctrl-C.
-                del call  # It leads to gRPC's objects, which must be gone when the fork comes.
 
     def begin(self, source: Source, operation: Operation[R]) -> "Future[R]":
         """Begin an operation for a caller who waits later. Raises like `run`."""
@@ -194,7 +196,7 @@ class Background:
             self._survives_fork = False
             if thread.settle(FORK_PATIENCE_S):
                 self._thread = None
-                self._survives_fork = thread.stop() and not _is_grpc_in_use()
+                self._survives_fork = thread.stop() and _is_grpc_gone()
 
     def after_fork_in_parent(self) -> None:
         self._survives_fork = True
@@ -203,7 +205,7 @@ class Background:
     def after_fork_in_child(self) -> None:
         # A thread that is still there is kept: to destroy what belongs to gRPC would hang, too.
         self._is_crippled |= self._thread is not None or not self._survives_fork
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
 
 def _check_may_block() -> None:
@@ -223,12 +225,22 @@ def _drop_traces(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _is_grpc_in_use() -> bool:
-    """Whether something of this process still keeps gRPC's threads alive."""
+def _is_grpc_gone() -> bool:
+    """Wait until gRPC's own threads have ended, which takes a moment; whether they have."""
     gc.collect()  # Calls, channels and exceptions hold each other in circles.
-    # By the type: to ask a proxy, such as Flask's `request`, for its class may raise.
-    kinds = {type(thing) for thing in gc.get_objects()}
-    return any(issubclass(kind, (grpc.aio.Channel, grpc.aio.Server, grpc.aio.Call)) for kind in kinds)
+    deadline = time.monotonic() + _GONE_S
+    while any(name.startswith(_GRPC_THREADS) for name in _thread_names()):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def _thread_names() -> Iterator[str]:
+    """The names that all threads of this process have for the system, where it tells."""
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # It has ended meanwhile.
+            yield path.read_text()
 
 
 BACKGROUND = Background()

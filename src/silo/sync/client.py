@@ -82,7 +82,7 @@ class SiloClient:
 
     Forks: a client that was made, or used, before a fork works in the child, with connections of its own; the
     parent connects again with its next call. A fork waits up to two seconds for calls that run in other
-    threads and change something. If one takes longer, or if the process uses gRPC on an event loop itself,
+    threads and change something. If one takes longer, or if the process uses gRPC in other ways as well,
     clients in the child raise SiloClientError.
 
     A method that is called where an event loop runs would block it, and raises RuntimeError instead.

@@ -280,7 +280,7 @@ class App:
         Args:
             client: the app's if left out.
             groups: the task groups that it works on; those of all tasks if left out.
-            worker_id: unique among running workers; host name and process id if left out.
+            worker_id: unique among running workers; made of host name and process id if left out.
             max_concurrent_tasks: tasks that run at a time, those in threads and processes included.
             processes: child processes at most, for tasks with `execution="process"`; one for each processor
                 core if left out. They start when they are needed.

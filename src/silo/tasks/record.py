@@ -18,9 +18,10 @@ from silo.tasks.pydantic_models import Adapter, adapter_for, is_model, model_fro
 # MessagePack has these itself; everything else becomes maps, arrays, numbers and text.
 _PASSED_ON = (bytes, bytearray, memoryview, dt.datetime)
 _NO_VALUE = object()
+_SAID = re.compile(r"(?P<reason>.*?)( - at (?P<place>(`key` in )?`\$[^`]*`))?", re.DOTALL)
 _QUOTES = re.compile(r"Invalid (enum )?value\b")  # Texts of msgspec that go on with the value.
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
-_UNKNOWN = re.compile(r"Object contains unknown field `(\w+)`")
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 _FIELD = re.compile(r"\$\.(\w+)")
 
 
@@ -112,17 +113,20 @@ def _from_plain(kind: Any, plain: object) -> object:
 
 
 def _misfit(text: str) -> Misfit:
-    if missing := _MISSING.fullmatch(text):
+    """What msgspec says, without the values that it quotes. Names of unknown fields may be data as well."""
+    said = _SAID.fullmatch(text)
+    assert said is not None  # It fits everything.
+    reason, place = said["reason"], said["place"]
+    if place is None and (missing := _MISSING.fullmatch(reason)):
         return Misfit(missing[1], "it is missing")
-    if unknown := _UNKNOWN.fullmatch(text):
-        return Misfit(None, f"there is no parameter {unknown[1]!r}")
-    reason, _, place = text.rpartition(" - at ")
-    if not reason:
-        reason, place = place, ""
-    if _QUOTES.match(reason):
+    if unknown := _UNKNOWN.fullmatch(reason):
+        if place is None:
+            return Misfit(None, f"there is no parameter {unknown[1]!r}")
+        reason = "Object contains an unknown field"
+    elif _QUOTES.match(reason):
         reason = "not one of the values that are allowed"
-    field = _FIELD.search(place)
-    return Misfit(field[1] if field else None, f"{reason} - at {place}" if place else reason)
+    field = _FIELD.search(place or "")
+    return Misfit(field[1] if field else None, reason if place is None else f"{reason} - at {place}")
 
 
 def _check(name: str, annotation: object) -> None:

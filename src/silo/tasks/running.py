@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from silo.client.outcome import Failure, Retry
 from silo.tasks.current import Context, current
 from silo.tasks.function import TASK_KEY, AnyTask, Declaration
-from silo.worker.errors import error_data
+from silo.worker.errors import failure_of
 from silo.worker.execution.choice import ExecutionKind
-from silo.worker.execution.errors import HandlerCrashed, HandlerTimeout, RemoteError
+from silo.worker.execution.errors import HandlerCrashed, RemoteError
 from silo.worker.execution.execution import Execution
 from silo.worker.middleware import Middleware, compose
 
@@ -54,8 +54,7 @@ class TaskRunner:
         except Exception as error:  # The edge around user code.
             if not _is_final(error, task.declared):
                 raise
-            code = "TIMEOUT" if isinstance(error, HandlerTimeout) else "HANDLER_ERROR"
-            return Failure(code, error_data(error), is_final=True)
+            return failure_of(error, is_final=True)
         finally:
             current.reset(before)
 

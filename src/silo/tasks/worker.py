@@ -1,5 +1,6 @@
 """AppWorker: a worker for the tasks of an app, with all that they run in and between."""
 
+import itertools
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from silo.worker.execution.threads import ThreadExecution
 from silo.worker.middleware import Middleware
 from silo.worker.refresh import RefreshHandler
 from silo.worker.worker import SiloWorker
+
+_numbers = itertools.count(1)  # Of the workers of this process, whose ids must differ.
 
 Lifespan = Callable[[], AbstractAsyncContextManager[object]]
 
@@ -66,7 +69,7 @@ class AppWorker:
         self._stack: AsyncExitStack | None = None
         self._worker: SiloWorker[Any, dict[str, str], Any] | None = None
         self.task_groups = tuple(groups)
-        self.worker_id = worker_id or f"{socket.gethostname()}-{os.getpid()}"
+        self.worker_id = worker_id or f"{socket.gethostname()}-{os.getpid()}-{next(_numbers)}"
         self.max_concurrent_tasks = max_concurrent_tasks
         self._runner(self._executions())  # What is wrong is told now.
 
@@ -79,7 +82,9 @@ class AppWorker:
 
         It runs the others too: a job may wait in the group that its task was in before.
         """
-        return tuple(name for name, task in self._tasks.items() if task.declared.task_group in self.task_groups)
+        return tuple(
+            name for name, task in self._tasks.items() if task.declared.task_group in self.task_groups
+        )
 
     async def start(self) -> None:
         """Enter the lifespans, then begin to work. On a running worker it does nothing.
@@ -89,9 +94,12 @@ class AppWorker:
         """
         if self._stack is not None:
             return
-        stack = AsyncExitStack()
-        self._worker = await stack.enter_async_context(self._prepared())
-        self._stack = stack
+        self._stack = AsyncExitStack()
+        try:
+            self._worker = await self._stack.enter_async_context(self._prepared())
+        except BaseException:
+            self._stack = None
+            raise
         self._worker.start()
 
     async def stop(self, timeout: float = 30.0) -> None:
@@ -100,10 +108,11 @@ class AppWorker:
         Handlers that still run then are interrupted where that can be done.
         """
         stack, self._stack = self._stack, None
-        if stack is None or self._worker is None:
+        worker, self._worker = self._worker, None
+        if stack is None or worker is None:
             return
         async with stack:
-            await self._worker.stop(timeout)
+            await worker.stop(timeout)
 
     async def __aenter__(self) -> "AppWorker":
         await self.start()

@@ -7,7 +7,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from silo.client.outcome import Failure
+from silo.worker.execution.errors import HandlerCrashed, HandlerTimeout, RemoteTraceback
+
 log = logging.getLogger(__name__)
+
+_TEXT_CHARS_MAX = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,22 @@ class ErrorReports:
             log.exception("on_error raised")
 
 
+def failure_of(error: BaseException, *, is_final: bool = False) -> Failure:
+    """The failure that a handler's exception amounts to."""
+    match error:
+        case HandlerTimeout():
+            code = "TIMEOUT"
+        case HandlerCrashed():
+            code = "HANDLER_CRASHED"
+        case _:
+            code = "HANDLER_ERROR"
+    return Failure(code, error_data(error), is_final=is_final)
+
+
 def error_data(error: BaseException) -> dict[str, str]:
     """What is stored of an exception: its name, message, stack, and code if it has a text of that name."""
+    if isinstance(error.__cause__, RemoteTraceback):
+        return dict(error.__cause__.data)  # It was raised in another process, which knows more of it.
     data = {
         "name": type(error).__name__,
         "message": error_message(error),
@@ -56,7 +75,8 @@ def error_message(error: BaseException) -> str:
 
 
 def _encodable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()  # Lone surrogates have no UTF-8 form.
+    # Lone surrogates have no UTF-8 form.
+    return text[:_TEXT_CHARS_MAX].encode(errors="backslashreplace").decode()
 
 
 def is_being_cancelled() -> bool:

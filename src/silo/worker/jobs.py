@@ -11,6 +11,7 @@ import msgspec
 
 from silo.client.client import SiloGRPCClient
 from silo.client.errors import (
+    JobNotFoundError,
     SiloClientError,
     SiloFailedPreconditionError,
     TaskLeaseLostError,
@@ -23,11 +24,11 @@ from silo.errors import LEASE_NOT_FOUND, LEASE_OWNER_MISMATCH
 from silo.wire.payload import decode
 from silo.wire.pb.silo.ext.v1 import ext_pb2 as pb
 from silo.worker.context import CancellationSignal, Task, TaskContext
-from silo.worker.errors import ErrorReports, error_data, is_being_cancelled
+from silo.worker.errors import ErrorReports, failure_of, is_being_cancelled
 from silo.worker.execution.blocking import BlockingTaskContext
-from silo.worker.execution.errors import HandlerTimeout
 from silo.worker.held import HeldTask, Report
 from silo.worker.reports import report_of
+from silo.worker.tracing import TaskSpan, Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,11 @@ class HeldJobTask(HeldTask, Generic[P, M]):
         self._report_error = report_error
         self._signal = CancellationSignal()
         self._reason: _Reason | None = None
+        self._is_postponed = False
+        self.span: TaskSpan | None = None  # If somebody takes spans.
+
+    def begin_span(self, telemetry: Telemetry) -> None:
+        self.span = telemetry.begin_span(self._leased)
 
     @property
     def is_lost(self) -> bool:
@@ -97,15 +103,20 @@ class HeldJobTask(HeldTask, Generic[P, M]):
             return
         if self._reason is not None:
             report = report_of(self, Cancelled())
+        self._is_postponed = report.HasField("postponed")
         try:
             await self._report(self, report)
         except TaskNotFoundError as error:
             await self.report_refused(error)
 
     async def report_refused(self, error: SiloClientError) -> None:
-        # An earlier try may have been stored although its answer was lost. That is no loss.
         is_gone = isinstance(error, TaskNotFoundError)
-        if not (is_gone and error.after_retry and await self._was_stored()):
+        if is_gone and not self.is_started:
+            return  # It was handed back, and is not ours either way.
+        # An earlier try may have counted although its answer was lost. That is no loss.
+        if not (is_gone and error.after_retry and await self._has_counted()):
+            if self.span is not None:
+                self.span.report_failed(error)
             self._report_error(error, self.id)
 
     async def _run_handler(self) -> pb.Report:
@@ -117,14 +128,12 @@ class HeldJobTask(HeldTask, Generic[P, M]):
             return report_of(self, outcome)
         except Retry as retry:
             outcome = retry
-        except HandlerTimeout as error:
-            outcome = Failure("TIMEOUT", error_data(error))
         except asyncio.CancelledError as error:
             if is_being_cancelled():
                 raise  # The worker is torn down; this is not the handler's own doing.
-            outcome = Failure("HANDLER_ERROR", error_data(error))
+            outcome = failure_of(error)
         except Exception as error:  # The edge around user code.
-            outcome = Failure("HANDLER_ERROR", error_data(error))
+            outcome = failure_of(error)
         return report_of(self, outcome)
 
     def _context(self) -> TaskContext[P, M]:
@@ -165,14 +174,22 @@ class HeldJobTask(HeldTask, Generic[P, M]):
             self._reason = reason
         self._signal.abort()
 
-    async def _was_stored(self) -> bool:
-        job = await self._client.get_job(self._leased.job_id, self.tenant, include_attempts=True)
-        return any(
-            attempt.task_id == self.id
-            and attempt.status != "Running"
-            and attempt.error_code != "WORKER_CRASHED"
+    async def _has_counted(self) -> bool:
+        """Whether the outcome of this task counted, now that its lease is gone."""
+        try:
+            job = await self._client.get_job(self._leased.job_id, self.tenant, include_attempts=True)
+        except JobNotFoundError:
+            return True  # Only jobs that have ended can be deleted.
+        except SiloClientError:
+            return False  # Nobody says so, or not to this token.
+        ended = [
+            attempt
             for attempt in job.attempts or ()
-        )
+            if attempt.task_id == self.id and attempt.status != "Running"
+        ]
+        if not ended:
+            return self._is_postponed  # That leaves no attempt. A lease that ran out does.
+        return any(attempt.error_code != "WORKER_CRASHED" for attempt in ended)
 
     def was_cancelled(self) -> None:
         self._cancel(_Reason.SERVER)

@@ -63,6 +63,8 @@ class Polling:
             for group in self._task_groups
             for _ in range(self._pollers)
         ]
+        for held in self._desk.held():
+            self._heartbeats.expect(held)  # It came from a server that pushed, and does not any more.
         self._heartbeats.start()
         try:
             await asyncio.wait(self._polling)

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from silo.client.errors import SiloClientError
+from silo.client.errors import SiloClientError, TaskNotFoundError
 from silo.client.types import Heartbeat, RefreshTask
 from silo.wire.pb.silo.ext.v1 import ext_pb2 as pb
 from silo.worker.context import CancellationSignal
@@ -100,7 +100,8 @@ class HeldRefreshTask(HeldTask):
         self._report_error(cause, self.id)
 
     async def report_refused(self, error: SiloClientError) -> None:
-        self._report_error(error, self.id)
+        if not (isinstance(error, TaskNotFoundError) and error.after_retry):  # Then an earlier try counted.
+            self._report_error(error, self.id)
 
     def heartbeat_answered(self, answer: Heartbeat) -> None:
         """There is no job that could have been cancelled."""

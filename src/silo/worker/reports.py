@@ -2,9 +2,10 @@
 
 from silo.client.messages import Outcome, refresh_success
 from silo.client.outcome import Cancelled, Failure, Retry, Success
-from silo.wire.payload import encode
+from silo.wire.payload import PayloadError, encode
 from silo.wire.pb.silo.ext.v1 import ext_pb2 as pb
 from silo.wire.pb.silo.v1 import silo_pb2 as v1
+from silo.wire.validate import PAYLOAD_BYTES_MAX
 from silo.worker.held import HeldTask
 
 RETRY = "RETRY"  # The failure that stands for a postponement where there is none.
@@ -14,21 +15,28 @@ def report_of(held: HeldTask, outcome: Outcome | Retry) -> pb.Report:
     """The report of a job's attempt.
 
     Raises:
-        PayloadError: the result or the error data cannot be encoded.
+        PayloadError: the result or the error data cannot be encoded, or is larger than a message may be.
     """
     report = pb.Report(task_id=held.id, shard=held.shard, tenant_id=held.tenant)
     match outcome:
         case Success(result=result):
-            report.success.msgpack = encode(result)
+            report.success.msgpack = _fitting(encode(result))
         case Failure(code=code, data=data, is_final=is_final):
             report.failure.code = code
-            report.failure.data.msgpack = data if isinstance(data, bytes) else encode(data)
+            report.failure.data.msgpack = _fitting(data if isinstance(data, bytes) else encode(data))
             report.failure.is_final = is_final
         case Cancelled():
             report.cancelled.SetInParent()
         case Retry(after_s=after_s):
             report.postponed.delay_ms = round(after_s * 1000)
     return report
+
+
+def _fitting(packed: bytes) -> bytes:
+    # Beyond that the whole stream would break, again and again, and not only this report.
+    if len(packed) > PAYLOAD_BYTES_MAX:
+        raise PayloadError(f"too large: {len(packed)} bytes, at most {PAYLOAD_BYTES_MAX}")
+    return packed
 
 
 def refresh_succeeded(held: HeldTask, new_max_concurrency: int) -> pb.Report:

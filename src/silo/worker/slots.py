@@ -58,7 +58,8 @@ class Slots:
         while self._waiting and self._waiting[0].waits_since <= before:
             taken.append(self._waiting.popleft())
         if taken and longer_than_s and self._mean_s is not None:
-            self._mean_s = max(self._mean_s, longer_than_s)  # What runs now takes longer.
+            # What runs now takes longer, nobody knows how much. With many slots one step would not do.
+            self._mean_s = max(2 * self._mean_s, longer_than_s)
         return taken
 
     def fill(self) -> None:

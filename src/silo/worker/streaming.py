@@ -12,6 +12,7 @@ from typing import Any  # The grpc stub is untyped.
 
 import grpc
 
+from silo.client.batching import rpc_error
 from silo.client.client import SiloGRPCClient
 from silo.client.errors import (
     ClientClosed,
@@ -31,13 +32,41 @@ from silo.worker.reports import report_to_v1
 from silo.worker.source import Desk
 
 _DELAY_S_MIN, _DELAY_S_MAX = 0.05, 2.0  # Before a broken stream is opened again.
+_STEADY_S = 1.0  # A stream that breaks sooner has not worked.
 _RESEND_S = 0.2  # Before a report is sent again that a server could not take.
+_ELSEWHERE_TIMES = 150  # Half a minute: by then the owners of all shards were asked for anew.
 _MESSAGE_REPORTS, _MESSAGE_BYTES = 512, 4 << 20
 _END_S = 1.0  # How long a server may take to end a stream that we ended.
 
 
 class ExtensionMissing(Exception):
     """The server only speaks `silo.v1`."""
+
+
+class _Tries:
+    """Tries of one thing until it works: when the next one is due, and what is told of those that failed."""
+
+    def __init__(self, desk: Desk, rng: Random) -> None:
+        self._desk = desk
+        self._rng = rng
+        self._delay_s = _DELAY_S_MIN
+        self._told: set[type[BaseException]] = set()
+        self.have_failed = False  # Since it last worked.
+
+    def worked(self) -> None:
+        """The next failure is the first one."""
+        self.have_failed = False
+        self._delay_s = _DELAY_S_MIN
+        self._told.clear()
+
+    async def failed(self, error: BaseException, *, is_silent: bool = False) -> None:
+        """Tell of it, once for each kind since it last worked, and wait before the next try."""
+        self.have_failed = True
+        if not is_silent and type(error) not in self._told:
+            self._told.add(type(error))
+            self._desk.error(error)
+        await asyncio.sleep(self._delay_s * self._rng.uniform(0.5, 1.0))
+        self._delay_s = min(2 * self._delay_s, _DELAY_S_MAX)
 
 
 class _Sent:
@@ -63,8 +92,10 @@ class Streams:
         self.worker_id = worker_id
         self.task_groups = task_groups
         self.session = new_session_id()
-        self.rng = Random()
         self.unanswered: dict[str, _Sent] = {}  # By task id.
+        self._rng = Random()
+        # What runs since before this session. It goes on without leases that are renewed.
+        self._earlier = frozenset(held.id for held in desk.held())
         self._streams: dict[str, _Stream] = {}  # By address.
         self._running: dict[asyncio.Task[None], _Stream] = {}
         self._moved = asyncio.Event()  # The topology has changed.
@@ -99,8 +130,11 @@ class Streams:
             unwatch()
             await self._cancel_all()
 
+    def tries(self) -> _Tries:
+        return _Tries(self.desk, self._rng)
+
     async def _find_servers(self) -> None:
-        delay_s = _DELAY_S_MIN
+        tries = self.tries()
         while True:
             try:
                 await self.router.ensure_topology()
@@ -109,13 +143,12 @@ class Streams:
             except asyncio.CancelledError as error:
                 if is_being_cancelled():
                     raise
-                self.desk.error(error)
+                failure: BaseException = error
             except Exception as error:  # Whatever a token function raises: the next look may work.
-                self.desk.error(error)
+                failure = error
             else:
                 return
-            await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, _DELAY_S_MAX)
+            await tries.failed(failure)
 
     async def look_again(self) -> None:
         """Ask who owns what now; a stream that does not come up may have moved."""
@@ -158,8 +191,10 @@ class Streams:
     async def report(self, held: HeldTask, report: pb.Report) -> None:
         """Send it with the next message. Refusals come back to the task as `report_refused`."""
         if self._is_closed:
-            await self._report_by_itself(report)
-            self.desk.forget(held)
+            try:
+                await self._report_by_itself(report)
+            finally:
+                self.desk.forget(held)
             return
         sent = self.unanswered[held.id] = _Sent(held, report)
         self._send(sent)
@@ -171,6 +206,10 @@ class Streams:
             await self.client.send_report(request, shard=report.shard)
         elif request is not None:
             await self.client.send_refresh_report(request, shard=report.shard)
+
+    def left(self) -> list[tuple[HeldTask, pb.Report]]:
+        """Reports that were not answered."""
+        return [(sent.held, sent.report) for sent in self.unanswered.values()]
 
     def _send(self, sent: _Sent) -> None:
         """Put it on the stream to its shard's owner; without one it waits for the next stream there."""
@@ -185,8 +224,9 @@ class Streams:
         if sent is None:
             return
         if answer.HasField("error"):
-            error = _rpc_error(answer.error)
-            if error.code() is grpc.StatusCode.UNAVAILABLE or is_wrong_shard(error):
+            error = rpc_error(answer.error)
+            is_elsewhere = is_wrong_shard(error) and sent.times < _ELSEWHERE_TIMES
+            if error.code() is grpc.StatusCode.UNAVAILABLE or is_elsewhere:
                 self._send_later(sent)
                 return
             refusal = from_status(error, task_id=answer.task_id)
@@ -211,7 +251,12 @@ class Streams:
 
     # What a server says of tasks
 
-    def take(self, response: pb.WorkResponse) -> None:
+    def take(self, response: pb.WorkResponse) -> bool:
+        """Take one message, in the order of its fields; False if it had tasks that come too late."""
+        has_tasks = bool(response.tasks or response.refresh_tasks)
+        if has_tasks and not self._is_closed:
+            leased = leased_from_pb(response)
+            self.desk.deliver(leased.tasks, leased.refresh_tasks)
         for answer in response.acknowledgements:
             self.answered(answer)
         for cancellation in response.cancellations:
@@ -223,13 +268,12 @@ class Streams:
             if held is not None and not held.is_settled:  # Otherwise the answer to its report decides.
                 held.was_lost(TaskNotFoundError(held.id, LEASE_NOT_FOUND))
                 self.desk.forget(held)
-        if response.tasks or response.refresh_tasks:
-            leased = leased_from_pb(response)
-            self.desk.deliver(leased.tasks, leased.refresh_tasks)
+        return not (has_tasks and self._is_closed)
 
     def held_at(self, address: str) -> list[HeldTask]:
         """What the worker has of the shards of one server."""
-        return [held for held in self.desk.held() if self.router.owner_of(held.shard) in (address, None)]
+        held = [held for held in self.desk.held() if held.id not in self._earlier]
+        return [held for held in held if self.router.owner_of(held.shard) in (address, None)]
 
     # The end
 
@@ -266,6 +310,7 @@ class _Stream:
         self._outgoing: list[_Sent] = []
         self._filled = asyncio.Event()
         self._is_ending = False
+        self._has_strays = False  # Tasks came after the end was said.
 
     def set_window(self, tasks: int) -> None:
         self._window = tasks
@@ -282,8 +327,13 @@ class _Stream:
         self._filled.set()
 
     async def run(self) -> None:
-        delay_s = _DELAY_S_MIN
-        while not self._is_ending:
+        loop = asyncio.get_running_loop()
+        tries = self._owner.tries()
+        # After the end the session is resumed once more if tasks were still on their way: those that
+        # a worker does not name then go back, and are no attempts.
+        while not self._is_ending or self._has_strays:
+            self._has_strays = False
+            began = loop.time()
             try:
                 await self._serve()
             except grpc.aio.AioRpcError as error:
@@ -301,15 +351,13 @@ class _Stream:
                 failure = error
             else:
                 failure = SiloClientError(f"{self.address} ended the stream of tasks")
+            was_connected, self.is_connected = self.is_connected, False
             if self._is_ending:
-                return
-            if self.is_connected:
-                delay_s = _DELAY_S_MIN
-                self.is_connected = False
-            elif delay_s > _DELAY_S_MIN:
-                self._owner.desk.error(failure)  # A first break is nothing: servers are restarted.
-            await asyncio.sleep(delay_s * self._owner.rng.uniform(0.5, 1.0))
-            delay_s = min(2 * delay_s, _DELAY_S_MAX)
+                continue
+            if was_connected and loop.time() - began >= _STEADY_S:
+                tries.worked()
+            # One break is nothing: servers are restarted.
+            await tries.failed(failure, is_silent=was_connected and not tries.have_failed)
             await self._owner.look_again()
 
     async def _serve(self) -> None:
@@ -328,7 +376,8 @@ class _Stream:
                         ]
                         self._filled.set()
                         writer = asyncio.get_running_loop().create_task(self._write(call), name="write work")
-                    self._owner.take(response)
+                    if not self._owner.take(response):
+                        self._has_strays = True
             finally:
                 if writer is not None:
                     writer.cancel()
@@ -375,9 +424,3 @@ class _Stream:
             sent.times += 1
             request.reports.append(sent.report)
         del self._outgoing[:taken]
-
-
-def _rpc_error(status: pb.Status) -> grpc.aio.AioRpcError:
-    """The error that a call of its own would have ended with."""
-    code = next((code for code in grpc.StatusCode if code.value[0] == status.code), grpc.StatusCode.UNKNOWN)
-    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=status.message)

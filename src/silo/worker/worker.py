@@ -5,7 +5,17 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, Literal, Required, TypedDict, TypeVar, Unpack, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    Required,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    overload,
+)
 
 from silo.client.client import SiloGRPCClient
 from silo.client.errors import DuplicateTaskDeliveryError, SiloClientError
@@ -15,6 +25,7 @@ from silo.worker.context import CancellationSignal, TaskContext
 from silo.worker.errors import ErrorContext, ErrorReports, is_being_cancelled
 from silo.worker.execution.choice import execution_for
 from silo.worker.execution.execution import Execution
+from silo.worker.execution.main_module import refuse_during_import
 from silo.worker.held import HeldTask
 from silo.worker.jobs import BlockingHandler, Handling, HeldJobTask, OutcomeHandler, ValueHandler
 from silo.worker.middleware import Middleware, compose
@@ -24,6 +35,10 @@ from silo.worker.reports import handed_back, refresh_failed
 from silo.worker.slots import Slots
 from silo.worker.source import Source
 from silo.worker.streaming import ExtensionMissing, Streams
+from silo.worker.tracing import TaskSpan, Telemetry, within
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import Meter
 
 P = TypeVar("P")
 M = TypeVar("M", bound=Mapping[str, object])
@@ -61,6 +76,7 @@ class WorkerOptions(TypedDict, total=False):
     poll_interval_ms: int
     heartbeat_interval_ms: int
     on_error: Callable[[BaseException, ErrorContext], None] | None
+    meter: "Meter | None"
 
 
 class SiloWorker(Generic[P, M, R]):
@@ -100,6 +116,7 @@ class SiloWorker(Generic[P, M, R]):
         poll_interval_ms: pause between polls at a server that cannot wait for work.
         heartbeat_interval_ms: must stay below the lease length of 10 000.
         on_error: called with each error and its context; logs by default.
+        meter: where it counts if OpenTelemetry is installed; the global meter `silo-worker` if left out.
 
     Raises:
         TypeError: the handler does not fit `execution`, or an option does not.
@@ -164,6 +181,7 @@ class SiloWorker(Generic[P, M, R]):
         poll_interval_ms: int = 1000,
         heartbeat_interval_ms: int = 5000,
         on_error: Callable[[BaseException, ErrorContext], None] | None = None,
+        meter: "Meter | None" = None,
     ) -> None:
         for name, value in (
             ("max_concurrent_tasks", max_concurrent_tasks),
@@ -199,6 +217,12 @@ class SiloWorker(Generic[P, M, R]):
         self.poll_interval_ms = poll_interval_ms
         self.heartbeat_interval_ms = heartbeat_interval_ms
         self.metrics = WorkerMetrics()
+        self._telemetry = Telemetry(
+            meter,
+            worker_id=worker_id,
+            task_group=self.task_group,
+            available_slots=lambda: self.available_task_slots,
+        )
         self._held: dict[str, HeldTask] = {}  # By task id; of two with one id, the later one.
         self._slots = Slots(max_concurrent_tasks, run=self._run_held, changed=self._room_changed)
         self._source: Source | None = None
@@ -237,13 +261,15 @@ class SiloWorker(Generic[P, M, R]):
         """Begin to take tasks. On a running worker it does nothing.
 
         Raises:
-            RuntimeError: it is still stopping; wait for `stop` first.
+            RuntimeError: it is still stopping; wait for `stop` first. Or a child process imports this script.
         """
+        refuse_during_import()
         if self._is_running:
             return
         if self._is_stopping:
             raise RuntimeError("the worker is still stopping")
         self._is_running = True
+        self._telemetry.started()
         self._stop_signal = CancellationSignal()
         self._source = Streams(
             self._client,
@@ -262,6 +288,8 @@ class SiloWorker(Generic[P, M, R]):
                 await streams.run()
             except ExtensionMissing:
                 self._source = self._polling()
+                for held, report in streams.left():
+                    self._in_background(self._report(held, report))
                 if self._is_stopping:
                     await self._source.stop()
                 await self._source.run()
@@ -330,8 +358,9 @@ class SiloWorker(Generic[P, M, R]):
     async def _hand_back(self, tasks: Sequence[HeldTask]) -> None:
         assert self._source is not None, "tasks come from a source"
         for held in tasks:
-            held.is_settled = True
-            await self._source.report(held, handed_back(held))
+            if not held.is_lost:
+                held.is_settled = True
+                await self._source.report(held, handed_back(held))
 
     def _forget_waiting(self) -> None:
         for held in self._slots.take_waiting():  # Their leases run out.
@@ -339,6 +368,7 @@ class SiloWorker(Generic[P, M, R]):
 
     def _begin_to_stop(self) -> None:
         self._is_running = False
+        self._telemetry.stopped()
         self._is_stopping = True
         self._stop_signal.abort()
 
@@ -359,6 +389,9 @@ class SiloWorker(Generic[P, M, R]):
                 await asyncio.wait({bringing}, timeout=_TEARDOWN_S)
             if self._refused:
                 await asyncio.wait(self._refused, timeout=_TEARDOWN_S)
+            for held in list(self._held.values()):
+                if held.is_settled or not held.is_started:  # Nobody will say any more what became of it.
+                    self._forget(held)
             if not self._slots.running:
                 await self._execution.close()
         finally:
@@ -425,7 +458,12 @@ class SiloWorker(Generic[P, M, R]):
         if refresh_tasks:
             taken += self._refreshes(refresh_tasks)
         self.metrics.tasks_returned += len(tasks) + len(refresh_tasks)
+        self._telemetry.delivered(len(tasks) + len(refresh_tasks))
         taken = [held for held in taken if self._hold(held)]
+        if self._telemetry.traces_tasks():
+            for held in taken:
+                if isinstance(held, HeldJobTask):
+                    held.begin_span(self._telemetry)
         if self._is_stopping and self._source is not None and self._source.can_hand_back:
             self._in_background(self._hand_back(taken))
             return []
@@ -461,38 +499,52 @@ class SiloWorker(Generic[P, M, R]):
     def _hold(self, held: HeldTask) -> bool:
         """Whether the task is ours now, and was not before."""
         earlier = self._held.get(held.id)
-        if earlier is not None and earlier.bars_redelivery:
-            self.metrics.duplicate_task_deliveries += 1
-            self._report_error(DuplicateTaskDeliveryError(held.id, held.job_id), held.id)
-            return False
+        if earlier is not None:
+            if earlier.bars_redelivery:
+                self.metrics.duplicate_task_deliveries += 1
+                self._telemetry.dropped_duplicate()
+                self._report_error(DuplicateTaskDeliveryError(held.id, held.job_id), held.id)
+                return False
+            self._forget(earlier)
         self._held[held.id] = held
         return True
 
     def _forget(self, held: HeldTask) -> None:
         if self._held.get(held.id) is held:
             del self._held[held.id]
+            if (span := _span_of(held)) is not None:
+                span.let_go()
 
     async def _run_held(self, held: HeldTask) -> None:
-        try:
-            await held.run()
-        except asyncio.CancelledError as error:
-            if is_being_cancelled():
-                raise
-            self._report_error(error, held.id)
-        except Exception as error:  # The outermost edge of a task: the others go on.
-            self._report_error(error, held.id)
-        finally:
-            if held.is_lost or not held.is_settled:
-                self._forget(held)
+        with within(_span_of(held)):
+            try:
+                await held.run()
+            except asyncio.CancelledError as error:
+                if is_being_cancelled():
+                    raise
+                self._report_failed(held, error)
+            except Exception as error:  # The outermost edge of a task: the others go on.
+                self._report_failed(held, error)
+            finally:
+                if held.is_lost or not held.is_settled:
+                    self._forget(held)
+
+    def _report_failed(self, held: HeldTask, error: BaseException) -> None:
+        if (span := _span_of(held)) is not None:
+            span.report_failed(error)
+        self._report_error(error, held.id)
 
     async def _report(self, held: HeldTask, report: pb.Report) -> None:
         assert self._source is not None, "tasks come from a source"
         await self._source.report(held, report)
 
     def _refuse(self, held: HeldTask, error: SiloClientError) -> None:
-        self._in_background(held.report_refused(error))
+        looking = self._in_background(held.report_refused(error))
+        if (span := _span_of(held)) is not None:
+            span.keep()
+            looking.add_done_callback(lambda _: span.let_go())
 
-    def _in_background(self, work: Any) -> None:
+    def _in_background(self, work: Any) -> asyncio.Task[None]:
         async def run() -> None:
             try:
                 await work
@@ -502,6 +554,7 @@ class SiloWorker(Generic[P, M, R]):
         task = asyncio.get_running_loop().create_task(run(), name="late report")
         self._refused.add(task)
         task.add_done_callback(self._refused.discard)
+        return task
 
     def _room_changed(self) -> None:
         if self._source is not None:
@@ -510,6 +563,7 @@ class SiloWorker(Generic[P, M, R]):
     def _count_poll(self, tasks: int) -> None:
         self.metrics.polls += 1
         self.metrics.empty_polls += not tasks
+        self._telemetry.polled(tasks)
 
 
 class _Desk:
@@ -562,6 +616,11 @@ def _handling(
         return await execution.run(handler, context, timeout_s=timeout)
 
     return Handling(compose(middlewares, run), payload_type)
+
+
+def _span_of(held: HeldTask) -> TaskSpan | None:
+    """Refresh tasks have none."""
+    return held.span if isinstance(held, HeldJobTask) else None
 
 
 async def _no_handler(context: object) -> int:

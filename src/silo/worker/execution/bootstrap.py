@@ -33,6 +33,8 @@ class _Contents:
 
     def __call__(self, name: str) -> object:
         package = sys.modules["silo"]
+        if importlib.util.find_spec(f"silo.{name}") is not None:
+            raise AttributeError(f"module 'silo' has no attribute {name!r}")  # A submodule: it is imported.
         with self._turn:
             if not self._is_there:
                 self._is_there = True  # Beforehand: what is imported now may ask, too.

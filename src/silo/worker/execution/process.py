@@ -57,7 +57,14 @@ class Child:
         """
         process, ours, control_fd = _spawn()
         loop = asyncio.get_running_loop()
-        transport, answers = await loop.create_unix_connection(_Answers, sock=ours)
+        try:
+            transport, answers = await loop.create_unix_connection(_Answers, sock=ours)
+        except BaseException:  # The caller is cancelled, most likely.
+            ours.close()
+            os.close(control_fd)
+            process.kill()
+            process.wait()  # So young a process is gone at once.
+            raise
         child = cls(process, control_fd=control_fd, transport=transport, answers=answers)
         _when_ended(process, child._ended)
         transport.write(frame(Kind.SETUP, setup))

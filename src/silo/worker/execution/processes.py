@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +36,7 @@ P = TypeVar("P")
 M = TypeVar("M", bound=Mapping[str, object])
 
 _PROBLEM_CHARS = 1000  # What goes through a pipe at once, whatever the system.
+_TOO_LATE = "the handler has ended"
 _CLOSE_S = 15.0  # Children are killed long before. Only one stuck in the kernel takes longer.
 
 
@@ -150,7 +152,7 @@ class ProcessExecution:
 
     def _setup(self, handler: Handler) -> Setup:
         return Setup(
-            import_path=[str(Path(folder).absolute()) for folder in sys.path],  # "" is where we are now.
+            import_path=[folder or str(Path.cwd()) for folder in sys.path],
             arguments=sys.argv,
             main=main_module(),
             handler=pickle.dumps(handler),
@@ -177,6 +179,7 @@ class ProcessExecution:
         """Have the child run a job; meanwhile carry cancellations back and forth."""
         loop = asyncio.get_running_loop()
         number = child.begin(job)
+        # Cancelled in the end and not waited for: a turn of the loop for each job would buy nothing.
         helpers = {loop.create_task(self._pass_on(context.cancellation_signal, child, number))}
         try:
             async with asyncio.timeout(timeout_s):
@@ -185,16 +188,18 @@ class ProcessExecution:
                     if kind is not Kind.CANCEL:
                         return Answer.read(kind, body, handler)
                     if pickle.loads(body) == number:
-                        helpers.add(loop.create_task(_cancel(context, child)))
+                        cancelling = loop.create_task(_cancel(context))
+                        cancelling.add_done_callback(partial(_answer_cancel, child))
+                        helpers.add(cancelling)
                     else:  # From a thread that an earlier handler left behind.
-                        child.tell(Kind.ANSWERED)
+                        child.tell(Kind.ANSWERED, _TOO_LATE)
         except TimeoutError:
             assert timeout_s is not None  # Nothing else here ends so.
             raise HandlerTimeout(timeout_s) from None
         except ChildEnded:
             raise await self._crash(child, handler) from None
         finally:
-            for helper in helpers:  # Not waited for: they hold nothing.
+            for helper in helpers:
                 helper.cancel()
 
     async def _pass_on(self, cancellation: CancellationSignal, child: Child, number: int) -> None:
@@ -259,13 +264,17 @@ class ProcessExecution:
             self._is_closing = False
 
 
-async def _cancel(context: TaskContext[P, M], child: Child) -> None:
-    problem: str | None = None
-    try:
-        await context.cancel()
-    except Exception as error:  # Whatever it is, the handler asked for it and gets it.
-        problem = error_message(error)[:_PROBLEM_CHARS]
-    child.tell(Kind.ANSWERED, problem)
+async def _cancel(context: TaskContext[P, M]) -> None:
+    await context.cancel()
+
+
+def _answer_cancel(child: Child, cancelling: asyncio.Task[None]) -> None:
+    """Let the handler go on that has asked for it. It is answered in any case: the next one may ask, too."""
+    if cancelling.cancelled():
+        child.tell(Kind.ANSWERED, _TOO_LATE)
+    else:
+        error = cancelling.exception()
+        child.tell(Kind.ANSWERED, error and error_message(error)[:_PROBLEM_CHARS])
 
 
 def _how(exit_code: int) -> str:

@@ -124,8 +124,8 @@ def _standing(comparison: Comparison, way: str, figure: str) -> Iterator[str]:
     best = max(others, key=lambda queue: comparison.median(queue, figure) or 0.0)
     ratio = silo / (comparison.median(best, figure) or 1.0)
     yield (
-        f"{way}, Silo moves {_rate(silo)} jobs a second end to end, {ratio:.1f} times as many as {best.label}, "
-        "the fastest other queue."
+        f"{way}, Silo moves {_rate(silo)} jobs a second end to end, {ratio:.1f} times as many as "
+        f"{best.label}, the fastest other queue."
     )
 
 

@@ -155,7 +155,8 @@ class _Carried:
 
 def _reset(writer: asyncio.StreamWriter) -> None:
     own: socket.socket = writer.get_extra_info("socket")
-    own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    if own.fileno() >= 0:  # Otherwise it is gone already.
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
 
 

@@ -28,22 +28,31 @@ class End:
         else:
             self.ended = "closed"
 
+    async def close(self) -> None:
+        self.reading.cancel()
+        await asyncio.wait({self.reading})
+        self.writer.close()
+
 
 @asynccontextmanager
 async def a_line() -> AsyncIterator[tuple[FaultProxy, End, End]]:
     """A connection through a proxy: the end of the client and that of the server."""
     accepted: asyncio.Queue[End] = asyncio.Queue()
     server = await asyncio.start_server(lambda *ends: accepted.put_nowait(End(*ends)), "127.0.0.1", 0)
-    ends: list[End] = []
     async with server, fault_proxy("127.0.0.1:{1}".format(*server.sockets[0].getsockname())) as proxy:
-        host, _, port = proxy.address.rpartition(":")
-        ends.append(End(*await asyncio.open_connection(host, int(port))))
-        ends.append(await accepted.get())
-        yield proxy, ends[0], ends[1]
-        for end in ends:
-            end.reading.cancel()
-            end.writer.close()
-    await asyncio.wait([end.reading for end in ends])
+        client = await connected(proxy)
+        far = await accepted.get()
+        await until(lambda: proxy.connections == 1)
+        try:
+            yield proxy, client, far
+        finally:
+            for end in (client, far):
+                await end.close()
+
+
+async def connected(proxy: FaultProxy) -> End:
+    host, _, port = proxy.address.rpartition(":")
+    return End(*await asyncio.open_connection(host, int(port)))
 
 
 async def test_what_is_sent_arrives_at_the_other_end() -> None:
@@ -76,10 +85,12 @@ async def test_the_end_of_a_side_is_held_back_too() -> None:
     async with a_line() as (proxy, client, server):
         proxy.black_hole(Way.UP)
         client.writer.write(b"last")
-        client.writer.close()
-        server.writer.write(b"x")
-        await until(lambda: proxy.connections == 0 or client.ended is not None)
-        assert (server.got, server.ended) == (b"", None) or proxy.connections == 0
+        client.writer.write_eof()
+        server.writer.write(b"first")
+        await until(lambda: client.got == b"first")
+        assert (server.got, server.ended) == (b"", None)
+        proxy.heal()
+        await until(lambda: (server.got, server.ended) == (b"last", "closed"))
 
 
 async def test_a_cut_closes_both_ends() -> None:
@@ -118,10 +129,9 @@ async def test_what_is_late_still_arrives_in_order() -> None:
 async def test_whoever_is_refused_is_reset_and_those_there_go_on() -> None:
     async with a_line() as (proxy, client, server):
         proxy.refuses = True
-        host, _, port = proxy.address.rpartition(":")
-        late = End(*await asyncio.open_connection(host, int(port)))
+        late = await connected(proxy)
         await until(lambda: late.ended is not None)
-        late.writer.close()
+        await late.close()
         client.writer.write(b"x")
         await until(lambda: server.got == b"x")
 

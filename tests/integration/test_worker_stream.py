@@ -132,22 +132,28 @@ async def test_a_worker_that_comes_back_names_only_what_a_server_has_the_shard_o
 
 
 async def test_nothing_is_asked_for_ahead_before_a_first_job_has_ended() -> None:
-    async with fake_ext() as ext, a_client(ext.address) as client:
-        async with a_worker(client, Handler(holds=True), max_concurrent_tasks=3) as worker:
-            stream = await ext.worker_stream()
-            await stream.deliver(a_task("t1"), a_task("t2"))
-            await until(lambda: worker.active_tasks == 2)
-            assert {request.window for request in stream.requests} == {3}
-            await worker.stop(timeout=0)
+    async with (
+        fake_ext() as ext,
+        a_client(ext.address) as client,
+        a_worker(client, Handler(holds=True), max_concurrent_tasks=3) as worker,
+    ):
+        stream = await ext.worker_stream()
+        await stream.deliver(a_task("t1"), a_task("t2"))
+        await until(lambda: worker.active_tasks == 2)
+        assert {request.window for request in stream.requests} == {3}
+        await worker.stop(timeout=0)
 
 
 async def test_quick_handlers_have_tasks_ahead() -> None:
-    async with fake_ext() as ext, a_client(ext.address) as client:
-        async with a_worker(client, Handler(), max_concurrent_tasks=2):
-            stream = await ext.worker_stream()
-            await stream.deliver(a_task("t"))
-            await acknowledged(stream, "t")
-            await until(lambda: stream.window > 2)
+    async with (
+        fake_ext() as ext,
+        a_client(ext.address) as client,
+        a_worker(client, Handler(), max_concurrent_tasks=2),
+    ):
+        stream = await ext.worker_stream()
+        await stream.deliver(a_task("t"))
+        await acknowledged(stream, "t")
+        await until(lambda: stream.window > 2)
 
 
 async def test_tasks_ahead_begin_as_slots_come_free() -> None:
@@ -288,14 +294,17 @@ async def test_reports_that_are_there_together_travel_together() -> None:
 
 
 async def test_a_slot_is_free_before_its_report_is_acknowledged() -> None:
-    async with fake_ext() as ext, a_client(ext.address) as client:
-        async with a_worker(client, Handler(), max_concurrent_tasks=1):
-            stream = await ext.worker_stream()
-            await stream.deliver(a_task("t1"))
-            await reported(stream, "t1")
-            await stream.deliver(a_task("t2"))
-            await reported(stream, "t2")
-            await stream.acknowledge("t1", "t2")
+    async with (
+        fake_ext() as ext,
+        a_client(ext.address) as client,
+        a_worker(client, Handler(), max_concurrent_tasks=1),
+    ):
+        stream = await ext.worker_stream()
+        await stream.deliver(a_task("t1"))
+        await reported(stream, "t1")
+        await stream.deliver(a_task("t2"))
+        await reported(stream, "t2")
+        await stream.acknowledge("t1", "t2")
 
 
 async def test_a_report_that_does_not_count_is_told() -> None:
@@ -381,17 +390,16 @@ async def test_a_worker_comes_back_with_its_session_and_names_what_it_has() -> N
 
 
 async def test_what_was_acknowledged_is_not_named_any_more() -> None:
-    async with fake_ext() as ext, a_client(ext.address) as client:
-        async with a_worker(client, Handler()):
-            stream = await ext.worker_stream()
-            await stream.deliver(a_task("t1"))
-            await acknowledged(stream, "t1")
-            await stream.deliver(a_task("t2"))
-            await reported(stream, "t2")
-            stream.end()
-            again = await ext.worker_stream(2)
-            assert again.held == {"t2"}
-            await acknowledged(again, "t2")
+    async with fake_ext() as ext, a_client(ext.address) as client, a_worker(client, Handler()):
+        stream = await ext.worker_stream()
+        await stream.deliver(a_task("t1"))
+        await acknowledged(stream, "t1")
+        await stream.deliver(a_task("t2"))
+        await reported(stream, "t2")
+        stream.end()
+        again = await ext.worker_stream(2)
+        assert again.held == {"t2"}
+        await acknowledged(again, "t2")
 
 
 async def test_a_report_without_an_answer_goes_over_the_next_stream() -> None:

@@ -220,6 +220,7 @@ class LimitsMachine(ShardMachine):
             for name, job in self.jobs.items():
                 if _is_impossible(job.state):  # It holds what it has for ever.
                     self.cancel(name)
+                    self.run(self.settle())
             for task_id in list(self.leased):
                 self.report_success(task_id)
             for task_id in self.refreshes:

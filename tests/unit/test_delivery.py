@@ -15,13 +15,14 @@ from silo.model.job import DEFAULT_TENANT, LEASE_MS, JobStatus
 from silo.node import delivery, sessions
 from silo.node.session import WINDOW_MAX
 from silo.shard import shard as shard_module
-from silo.shard.shard import Shard
+from silo.shard.shard import Shard, ShardOptions
 from silo.storage.memory import Fault
 from tests.builders import GROUP, a_job, a_policy, floating, until
 from tests.one_node import SHARDS, OneNode, Worker, one_node
 from tests.property.machine import tiny_memory
 
 AT_ONCE = a_policy(99, initial_interval_ms=0)
+HASTY = ShardOptions(store_timeout_s=0.2)  # A hung read fails soon, so that the test can end.
 
 
 def jobs(count: int, *, task_group: str = GROUP, name: str = "j", **fields: object) -> list[object]:
@@ -473,9 +474,12 @@ async def test_an_overloaded_shard_is_asked_again_and_stands_in_nobodys_way(
         for shard_id in SHARDS:
             await node.enqueue(*jobs(2, name=shard_id), shard_id=shard_id)
         taken = Shard.take_loaded
+        refusals = 0
 
         def overloaded(self: Shard, **wanted: object) -> object:
+            nonlocal refusals
             if self.shard_id == SHARDS[0]:
+                refusals += 1
                 raise Overloaded("injected")
             return taken(self, **wanted)  # type: ignore[arg-type]
 
@@ -483,8 +487,19 @@ async def test_an_overloaded_shard_is_asked_again_and_stands_in_nobodys_way(
             patch.setattr(Shard, "take_loaded", overloaded)
             worker = node.join(window=5, slots=5)
             await node.settle()
+            assert 0 < refusals < 10, "it is not asked over and over"
             assert worker.read().order == [f"{SHARDS[1]}000", f"{SHARDS[1]}001"]
         await until(lambda: got(worker) == [4])
+
+
+async def test_while_a_shard_reads_nobody_asks_it_over_and_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with one_node(options=HASTY) as node:
+        asked: Counter[str] = Counter()
+        monkeypatch.setattr(Shard, "take_loaded", _counted(asked, "times", Shard.take_loaded))
+        node.storage.faults.plan("scan", Fault.HANG)
+        node.join(window=5, slots=5)
+        await node.settle()
+        assert 0 < asked["times"] < 10
 
 
 async def test_while_everything_waits_to_be_written_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,9 +555,9 @@ async def test_ten_thousand_idle_task_groups_cost_nothing(monkeypatch: pytest.Mo
 
 
 def _counted(counts: Counter[str], name: str, function: Callable[..., object]) -> Callable[..., object]:
-    def call(*arguments: object) -> object:
+    def call(*arguments: object, **named: object) -> object:
         counts[name] += 1
-        return function(*arguments)
+        return function(*arguments, **named)
 
     return call
 

@@ -232,12 +232,15 @@ class Router:
         return bare_address(self._address_map.get(address, address))
 
     async def _refresh_forever(self) -> None:
+        intervals = 1  # Two, once a look has found what was known: a thousand idle clients are a load.
         while True:
-            await asyncio.sleep(self._routing.topology_refresh_interval_ms / 1000)
+            await asyncio.sleep(intervals * self._routing.topology_refresh_interval_ms / 1000)
+            before = self._topology
             try:
                 await self.refresh_topology()
             except ClusterUnreachable as error:
                 log.warning("[SiloGRPCClient] Failed to refresh topology: %s", error)
+            intervals = 2 if self._topology == before and self._topology.is_known else 1
 
     async def ensure_topology(self) -> None:
         """Load the topology once; callers that come meanwhile share the call."""

@@ -43,7 +43,7 @@ class ShardRouting:
     max_retries: int = 8
     retry_delay_ms: int = 250
     retry_budget_ms: int | None = None  # None: only the retries count.
-    topology_refresh_interval_ms: int = 30_000  # 0: never in the background.
+    topology_refresh_interval_ms: int = 30_000  # Twice that while nothing changes; 0: never.
     topology_refresh_timeout_ms: int = 10_000
 
 

@@ -110,15 +110,16 @@ class _Line:
 
     def has_room(self, session: Session) -> None:
         """A session can take more, or less, than before. It keeps its turn where that changes nothing."""
-        before = self._standing(session)
-        after = self._standing_of(session)
-        if before is after:
-            return
-        if before is not None:
-            del before[session]
-        if after is not None:
-            after[session] = None
+        if self._standing(session) is not self._standing_of(session):
+            self._line_up(session)
             self.wake()
+
+    def _line_up(self, session: Session) -> None:
+        """Let it stand at the end, if it can take more."""
+        self.leave(session)
+        line = self._standing_of(session)
+        if line is not None:
+            line[session] = None
 
     def _standing(self, session: Session) -> dict[Session, None] | None:
         return self._idle if session in self._idle else self._ahead if session in self._ahead else None
@@ -183,7 +184,7 @@ class _Line:
         while (session := next(iter(self._idle or self._ahead), None)) is not None:
             if self._standing(session) is self._standing_of(session):
                 break
-            self.has_room(session)  # Another line has given to it, or its stream has ended.
+            self._line_up(session)  # Another line has given to it, or its stream has ended.
         return session
 
     def _give(self, session: Session, count: int) -> int:
@@ -199,8 +200,7 @@ class _Line:
                 session.reserve(shard, tasks)
             if room.is_full:
                 break
-        self.leave(session)
-        self.has_room(session)
+        self._line_up(session)
         return given
 
     def _take(self, session: Session, shard: Shard, room: Room) -> list[Leased]:

@@ -144,8 +144,6 @@ class WatchStream:
     async def _answer(self, watch: _Watch) -> pb.Watched | None:
         """What there is to say of a job; None if nobody wants to know, or if it was restarted."""
         asked = self._asked.pop(watch)
-        if self._watches.get(asked.number) is not watch:
-            return None
         answer = pb.Watched(number=asked.number)
         try:
             if (refusal := watch.result()) is not None:
@@ -158,7 +156,7 @@ class WatchStream:
         except SiloError as error:
             error.__traceback__ = None
             answer.error.CopyFrom(status_of(error))
-        if self._watches.get(asked.number) is not watch:  # It was forgotten while we looked.
+        if self._watches.get(asked.number) is not watch:  # It was forgotten.
             return None
         if answer.HasField("result") or answer.HasField("error"):
             del self._watches[asked.number]

@@ -18,7 +18,7 @@ _PATIENCE_S = 300.0
 _WARM_UP = 20  # Jobs that do not count.
 _IDLE_PROCESSES = 4
 _GROUPS_OF_WORKER = 10
-_REST_S, _LOOK_S = 5.0, 20.0
+_REST_S, _LOOK_S = 30.0, 60.0
 
 
 async def latency(jobs: int | None) -> dict[str, object]:

@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-.PHONY: setup demo test check bench soak simulate fuzz spec-coverage proto clean
+.PHONY: setup demo test check bench compare soak simulate fuzz spec-coverage proto clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,19 @@ bench: setup
 	$(BIN)/silo bench latency
 	$(BIN)/silo bench fairness
 
+# Silo and other queues, in environments of their own: some of those cannot share one.
+# For example: make compare ARGS="--jobs 2000 --rounds 3 --only silo,huey"
+COMPARE := .venv-compare
+compare: $(COMPARE)/.ready
+	$(COMPARE)/main/bin/python -m benchmarks $(ARGS)
+
+$(COMPARE)/.ready: $(wildcard benchmarks/requirements/*.txt) requirements.lock pyproject.toml
+	for name in main arq saq; do \
+	    "$(PYTHON)" -m venv $(COMPARE)/$$name && \
+	    $(COMPARE)/$$name/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements/$$name.txt || exit 1; \
+	done
+	@touch $@
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,5 +72,5 @@ proto: setup
 	$(BIN)/python scripts/generate_protos.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(VENV) $(COMPARE) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+from rich.text import Text
 
 from benchmarks.comparison import Comparison, Trial, TrialFailed, compare, describe, planned
 from benchmarks.describe import Description
@@ -19,7 +20,15 @@ from benchmarks.machine import machine_facts
 from benchmarks.peers import NAMES
 from benchmarks.plot import draw
 from benchmarks.processes import ROOT, exit_on_sigterm
-from benchmarks.report import Circumstances, as_json, as_markdown, figures_table, summary
+from benchmarks.report import BULK, CALLS, Circumstances, as_json, as_markdown, ranked, summary
+
+_SHOWN = {
+    CALLS: "end to end/s",
+    BULK: "in bulk",
+    "enqueue_per_s": "enqueue/s",
+    "lat_p50_ms": "p50 ms",
+    "lat_p99_ms": "p99 ms",
+}
 
 _console = Console(stderr=True)  # What it prints beside JSON.
 
@@ -122,8 +131,17 @@ def _publish(comparison: Comparison, circumstances: Circumstances, docs: Path) -
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "benchmarks.md").write_text(as_markdown(comparison, circumstances))
     draw(comparison, docs / "benchmarks.svg")
-    _console.print(Markdown(f"{figures_table(comparison)}\n{summary(comparison)}"))
+    _console.print(_shown(comparison), Text(summary(comparison)), sep="\n")
     _console.print(f"written: {docs / 'benchmarks.md'}, {docs / 'benchmarks.svg'}", markup=False)
+
+
+def _shown(comparison: Comparison) -> Table:
+    """What fits into a terminal; the page has all."""
+    table = Table("Queue", *(Column(title, justify="right") for title in _SHOWN.values()))
+    for queue in ranked(comparison):
+        medians = [comparison.median(queue, figure) for figure in _SHOWN]
+        table.add_row(queue.label, *("" if value is None else f"{value:,.1f}" for value in medians))
+    return table
 
 
 if __name__ == "__main__":

@@ -30,16 +30,17 @@ def describe(name: str) -> Description:
     """Tell of the queue of this name."""
     peer = peer_named(name)
     broker = BROKERS[peer.broker]
+    calls = "1 call" if peer.calls_at_a_time == 1 else f"{peer.calls_at_a_time} calls"
     missing = broker.missing()
     versions = {package: version(package) for package in peer.packages}
     if missing is None:
-        versions[broker.label] = broker.version()
+        versions[f"{broker.label} server"] = broker.version()
     return Description(
         name=name,
         label=peer.label,
         broker=broker.label,
         broker_settings=broker.settings,
-        settings=f"{peer.calls_at_a_time} calls at a time; {peer.settings}",
+        settings=f"{calls} at a time; {peer.settings}",
         acknowledged=broker.acknowledged,
         worker_killed=peer.worker_killed,
         measurements=[measurement for measurement in MEASUREMENTS if applies_to(measurement, peer)],

@@ -7,7 +7,7 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -151,7 +151,7 @@ def _bulk_of(peer: Peer) -> _Fill:
     return peer.enqueue_bulk
 
 
-MEASUREMENTS: Mapping[str, Callable[[Stage, int], Awaitable[Figures]]] = {
+MEASUREMENTS: Mapping[str, Callable[[Stage, int], Coroutine[None, None, Figures]]] = {
     "enqueue": enqueue,
     "bulk_enqueue": bulk_enqueue,
     "drain": drain,

@@ -60,7 +60,7 @@ def _draw_rates(axes: Axes, comparison: Comparison, queues: list[Description]) -
 
 
 def _draw_latencies(axes: Axes, comparison: Comparison, queues: list[Description]) -> None:
-    axes.set_title("Idle: enqueue to start, p50 ● and p99 ○ in ms", color=_INK)
+    axes.set_title("Idle latency in ms, p50 ● and p99 ○", color=_INK)
     axes.set_xscale("log")
     for row, queue in enumerate(queues):
         middle, late = comparison.median(queue, "lat_p50_ms"), comparison.median(queue, "lat_p99_ms")
@@ -70,12 +70,12 @@ def _draw_latencies(axes: Axes, comparison: Comparison, queues: list[Description
         axes.plot([middle, late], [row, row], color=colour, linewidth=2, zorder=1)
         axes.scatter([middle], [row], color=colour, s=50, zorder=2)
         axes.scatter([late], [row], facecolor="none", edgecolor=colour, s=50, linewidth=1.5, zorder=2)
-        axes.annotate(
-            f"{middle:.1f}", (middle, row), (0, 7), textcoords="offset points", ha="center", fontsize=8
-        )
-        axes.annotate(f"{late:.1f}", (late, row), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        for value, shift, side in ((middle, -7, "right"), (late, 7, "left")):
+            axes.annotate(
+                f"{value:.1f}", (value, row), (shift, -3), textcoords="offset points", ha=side, fontsize=8
+            )
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.margins(x=0.12)
+    axes.margins(x=0.15)
     _tidy(axes)
 
 

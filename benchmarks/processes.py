@@ -90,7 +90,7 @@ def run(*command: str | Path, user: pwd.struct_passwd | None = None) -> str:
     Raises:
         RuntimeError: it failed; the text holds what it printed.
     """
-    done = subprocess.run(
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         [str(word) for word in command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

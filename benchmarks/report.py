@@ -150,8 +150,9 @@ def _absences(comparison: Comparison, circumstances: Circumstances) -> Iterator[
 
 
 def _versions(queues: Sequence[Description]) -> str:
-    versions = {package: number for queue in queues for package, number in queue.versions.items()}
-    return ", ".join(f"{package} {versions[package]}" for package in sorted(versions, key=str.lower))
+    """Of all packages and servers; queues may have different ones of a package."""
+    versions = {f"{name} {number}" for queue in queues for name, number in queue.versions.items()}
+    return ", ".join(sorted(versions, key=str.lower))
 
 
 def _with_range(samples: Sequence[float], middle: float | None) -> str:

@@ -19,7 +19,7 @@ async def _handler(ctx: TaskContext[str, dict[str, str]]) -> str:
 class SiloPeer(BulkPeer):
     label = "Silo"
     broker = "silo"
-    packages = ("silo-queue", "slatedb", "grpcio")
+    packages = ("slatedb", "grpcio")
     settings = "defaults; bulk: `enqueue_many`"
     worker_killed = "runs again when its lease is out, after 10 s"
     calls_at_a_time = 500

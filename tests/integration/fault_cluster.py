@@ -16,13 +16,14 @@ from pathlib import Path
 
 import msgspec
 
-from silo import Job, JobHandle, RetryPolicy, SiloGRPCClient
+from silo import Job, JobHandle, RetryPolicy, ShardRouting, SiloGRPCClient
 from silo.cli.server_process import ServerProcess
 from tests.integration.fault_proxy import FaultProxy, fault_proxy
 from tests.integration.fault_worker import GROUP, QUICK_PINGS, Arguments, Work
 
 _ROOT = Path(__file__).parents[2]
 _POLICY = RetryPolicy(retry_count=1000, initial_interval_ms=1, max_interval_ms=20)
+_PATIENT = ShardRouting(max_retries=1000)  # An enqueue that is given up may have been taken all the same.
 _END_S = 60.0
 _AUDITED_AT_ONCE = 50
 _PRODUCERS = 3
@@ -58,8 +59,12 @@ class FaultCluster:
     ) -> AsyncIterator[SiloGRPCClient]:
         """A client, behind a proxy if there is one."""
         server, dial = self.server.address, proxy.address if proxy else self.server.address
-        options = QUICK_PINGS if pings_quickly else None
-        async with SiloGRPCClient(dial, address_map={server: dial}, grpc_client_options=options) as client:
+        async with SiloGRPCClient(
+            dial,
+            address_map={server: dial},
+            shard_routing=_PATIENT,
+            grpc_client_options=QUICK_PINGS if pings_quickly else None,
+        ) as client:
             yield client
 
     @asynccontextmanager

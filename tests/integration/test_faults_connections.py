@@ -39,7 +39,7 @@ async def half_close_down(proxy: FaultProxy) -> None:
 
 async def late(proxy: FaultProxy) -> None:
     proxy.delay_s = 0.1
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(0.5)
     proxy.heal()
 
 
@@ -59,14 +59,14 @@ SHORT: dict[str, Fault] = {
     "half closed up": half_close_up,
     "half closed down": half_close_down,
     "late": late,
-    "silent for a moment": black_hole(*BOTH, seconds=0.3),
-    "silent up": black_hole(Way.UP, seconds=1.5),
-    "silent down": black_hole(Way.DOWN, seconds=1.5),
-    "silent": black_hole(*BOTH, seconds=1.5),
+    "silent for a moment": black_hole(*BOTH, seconds=0.2),
+    "silent up": black_hole(Way.UP, seconds=1.2),
+    "silent down": black_hole(Way.DOWN, seconds=1.2),
+    "silent": black_hole(*BOTH, seconds=1.2),
 }
 
 
-async def goes_on(cluster: FaultCluster, count: int = 20) -> None:
+async def goes_on(cluster: FaultCluster, count: int = 10) -> None:
     """Wait until so many more jobs have begun."""
     seen = len(cluster.runs())
     await until(lambda: len(cluster.runs()) >= seen + count)

@@ -155,8 +155,9 @@ def test_the_guide_has_exactly_these_examples(guide: str) -> None:
 @pytest.mark.parametrize(("code", "title", "said"), _CASES)
 async def test_the_example_says_what_it_should(code: str, title: str, said: str, tmp_path: Path) -> None:
     async with server_for(title, tmp_path) as address:
-        printed = await run_code(tmp_path / "example.py", code, address, env={"SILO_TOKEN": _TOKEN})
-    assert printed == (said, "")
+        printed, errors = await run_code(tmp_path / "example.py", code, address, env={"SILO_TOKEN": _TOKEN})
+    assert errors == ""
+    assert printed == said
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def a_slots(limit: int) -> Slots:
     async def run(held: Any) -> None:
         await held.end.wait()
 
-    return Slots(limit, run=run, changed=lambda: None)
+    return Slots(limit, run=run, skipped=lambda held: None, changed=lambda: None)
 
 
 async def test_there_is_more_ahead_the_quicker_tasks_are_and_nothing_for_those_that_take_seconds(

@@ -223,8 +223,10 @@ class LimitsMachine(ShardMachine):
                     self.run(self.settle())
             for task_id in list(self.leased):
                 self.report_success(task_id)
+            self.all_holds()  # Before maxima change: who overtook whom is judged by those of now.
             for task_id in self.refreshes:
                 self.attempt(self.shard.report_refresh(task_id, RefreshSucceeded(2)), LeaseNotFound)
+                self.all_holds()
             self.refreshes.clear()
             for group in ("g1", "g2"):
                 self.lease(group, 9)

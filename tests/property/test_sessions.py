@@ -101,11 +101,23 @@ class SessionsMachine(LimitsMachine):
         assert self.hold(session, holder, ids) == set()
         holder.held |= ids
 
+    @rule(session=sessions, group=groups, what=unbegun)
+    def take_and_hand_back(self, session: str, group: str, what: AnyReport) -> None:
+        """What no handler has begun."""
+        before = set(self.holders[session].held) if session in self.holders else set()
+        self.take(session, group, 2)
+        holder = self.holders[session]
+        for task_id in sorted(holder.held - before):
+            self.tell(holder, task_id, what)
+
     @precondition(lambda self: self.has_tasks)
     @rule(data=st.data(), what=reports)
     def say(self, data: st.DataObject, what: AnyReport) -> None:
         """A report on the stream that has the task."""
         holder, task_id = self.draw_task(data)
+        self.tell(holder, task_id, what)
+
+    def tell(self, holder: Holder, task_id: str, what: AnyReport) -> None:
         before = self.leased_as(task_id)
         holder.held.discard(task_id)
         self.shard.let_go(holder, [task_id])

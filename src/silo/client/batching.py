@@ -6,6 +6,7 @@ larger the batches become.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextvars import Context, copy_context
 from typing import NamedTuple
 
 import grpc
@@ -23,6 +24,7 @@ Send = Callable[[ext.EnqueueManyRequest], Awaitable[ext.EnqueueManyResponse]]
 class _Waiting(NamedTuple):
     request: pb.EnqueueRequest
     answer: "asyncio.Future[pb.EnqueueResponse]"
+    context: Context  # Of its caller: a batch goes with the trace of its first job.
 
 
 class Batcher:
@@ -43,7 +45,7 @@ class Batcher:
             AioRpcError: it was refused by itself, or its batch as a whole.
         """
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(request, loop.create_future())
+        waiting = _Waiting(request, loop.create_future(), copy_context())
         self._waiting.append(waiting)
         if not self._is_scheduled and len(self._under_way) < BATCHES_MAX:
             self._is_scheduled = True
@@ -54,7 +56,9 @@ class Batcher:
         self._is_scheduled = False
         while self._waiting and len(self._under_way) < BATCHES_MAX:
             batch = self._take_batch()
-            task = asyncio.get_running_loop().create_task(self._run(batch), name="enqueue many")
+            task = asyncio.get_running_loop().create_task(
+                self._run(batch), name="enqueue many", context=batch[0].context
+            )
             self._under_way.add(task)
             task.add_done_callback(self._ended)
 

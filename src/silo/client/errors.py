@@ -6,6 +6,9 @@ import grpc
 
 from silo.errors import CONNECTION_RESET, JOB_EXISTS, SHARD_NOT_FOUND, SiloError
 
+# What gRPC's own library says instead of a status when a stream breaks in the middle of a write.
+_CORE_FAILED = "Internal error from Core"
+
 
 class SiloClientError(SiloError):
     """Base of everything the client raises on purpose. Its text is `message`.
@@ -230,6 +233,13 @@ def is_connectivity_error(error: BaseException) -> bool:
     return error.code() is grpc.StatusCode.UNAVAILABLE or (
         error.code() is grpc.StatusCode.INTERNAL and CONNECTION_RESET in text
     )
+
+
+def is_broken_stream(error: grpc.aio.AioRpcError) -> bool:
+    """Whether a stream ended because of its connection, so that another one may live longer."""
+    if is_connectivity_error(error):
+        return True
+    return error.code() is grpc.StatusCode.INTERNAL and _CORE_FAILED in (error.details() or "")
 
 
 def is_wrong_shard(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from typing import Any  # The grpc stub is untyped.
 import grpc
 
 from silo.client.batching import rpc_error
-from silo.client.errors import SiloClientError, from_status, is_connectivity_error, is_wrong_shard
+from silo.client.errors import SiloClientError, from_status, is_broken_stream, is_wrong_shard
 from silo.client.messages import job_result_from_pb
 from silo.client.router import Router
 from silo.client.types import JobResult
@@ -157,7 +157,7 @@ class _WatchStream:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 self._router.note_plain(self._address)
                 failure = WatchUnsupported()
-            elif error.code() not in _PASSING and not is_connectivity_error(error):
+            elif error.code() not in _PASSING and not is_broken_stream(error):
                 failure = from_status(error)
         except Exception as error:  # Of a token function, too: whoever waits gets it, as from any call.
             failure = error

@@ -16,11 +16,17 @@ class Slots:
     """Runs at most `limit` tasks at a time, in the order in which they came."""
 
     def __init__(
-        self, limit: int, *, run: Callable[[HeldTask], Awaitable[None]], changed: Callable[[], None]
+        self,
+        limit: int,
+        *,
+        run: Callable[[HeldTask], Awaitable[None]],
+        skipped: Callable[[HeldTask], None],
+        changed: Callable[[], None],
     ) -> None:
-        """`changed` is called when a slot has come free or filled."""
+        """`skipped` gets tasks that were lost while they waited. `changed` is called when one has left."""
         self.limit = limit
         self._run = run
+        self._skipped = skipped
         self._changed = changed
         self._waiting: deque[HeldTask] = deque()
         self._running: dict[asyncio.Task[None], HeldTask] = {}
@@ -67,7 +73,8 @@ class Slots:
         while self._waiting and len(self._running) < self.limit:
             held = self._waiting.popleft()
             if held.is_lost:
-                self._changed()  # It runs elsewhere by now.
+                self._skipped(held)  # It runs elsewhere by now.
+                self._changed()
                 continue
             held.is_started = True
             task = asyncio.get_running_loop().create_task(self._work(held), name=f"task {held.id}")

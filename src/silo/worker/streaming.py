@@ -19,6 +19,7 @@ from silo.client.errors import (
     SiloClientError,
     TaskNotFoundError,
     from_status,
+    is_broken_stream,
     is_wrong_shard,
 )
 from silo.client.ids import new_session_id
@@ -332,7 +333,7 @@ class _Stream:
         # After the end the session is resumed once more if tasks were still on their way: those that
         # a worker does not name then go back, and are no attempts.
         while not self._is_ending or self._has_strays:
-            self._has_strays = False
+            self._has_strays = is_passing = False
             began = loop.time()
             try:
                 await self._serve()
@@ -341,6 +342,7 @@ class _Stream:
                     raise ExtensionMissing from error
                 failure: BaseException = from_status(error)
                 failure.__cause__ = error
+                is_passing = is_broken_stream(error)
             except ClientClosed:
                 raise
             except asyncio.CancelledError as error:
@@ -352,12 +354,13 @@ class _Stream:
             else:
                 failure = SiloClientError(f"{self.address} ended the stream of tasks")
             was_connected, self.is_connected = self.is_connected, False
+            is_passing |= was_connected
             if self._is_ending:
                 continue
             if was_connected and loop.time() - began >= _STEADY_S:
                 tries.worked()
             # One break is nothing: servers are restarted.
-            await tries.failed(failure, is_silent=was_connected and not tries.have_failed)
+            await tries.failed(failure, is_silent=is_passing and not tries.have_failed)
             await self._owner.look_again()
 
     async def _serve(self) -> None:

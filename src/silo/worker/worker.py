@@ -224,7 +224,9 @@ class SiloWorker(Generic[P, M, R]):
             available_slots=lambda: self.available_task_slots,
         )
         self._held: dict[str, HeldTask] = {}  # By task id; of two with one id, the later one.
-        self._slots = Slots(max_concurrent_tasks, run=self._run_held, changed=self._room_changed)
+        self._slots = Slots(
+            max_concurrent_tasks, run=self._run_held, skipped=self._forget, changed=self._room_changed
+        )
         self._source: Source | None = None
         self._bringing: asyncio.Task[None] | None = None
         self._refused: set[asyncio.Task[None]] = set()

@@ -117,9 +117,10 @@ class _Layer:
         }
 
     def all_rows(self) -> dict[bytes, bytes | None]:
+        """Everything, in order: a store takes rows that are sorted in less time."""
         rows: dict[bytes, bytes | None] = {}
-        for family in self._families.values():
-            rows.update(family)
+        for _, family in sorted(self._families.items()):
+            rows.update(sorted(family.items()))
         rows.update(dict.fromkeys(self.entries))
         return rows
 

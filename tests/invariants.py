@@ -17,7 +17,7 @@ from silo.model.floating import FloatingState, RefreshDue
 from silo.model.job import MOVES, Delayed, Job, JobState, JobStatus, Ready, Throttled, Waiting
 from silo.model.limit import FLOATING_LINE, BucketRecord, FloatingLimit, Holder, RateLimit
 from silo.storage import codec, keys
-from silo.storage.batch import derived_keys, queue_row, refresh_row
+from silo.storage.batch import copy_rows, index_row, queue_row, refresh_row
 
 Rows = Mapping[bytes, bytes]
 Name = tuple[str, str]  # Tenant and job id.
@@ -137,9 +137,8 @@ def _check_derived_rows(rows: Rows, jobs: Mapping[Name, Stored]) -> None:
     """Queues, timers, leases and indexes are exactly what the jobs say (1, 2, 3, 8, 9, 35, 46)."""
     expected: dict[bytes, bytes] = {}
     for (tenant, job_id), stored in jobs.items():
-        index_row, *locus = derived_keys(stored.state)
-        expected[index_row] = b""
-        expected |= dict.fromkeys(locus, codec.encode(stored.state))
+        expected[index_row(stored.state)] = b""
+        expected |= dict.fromkeys(copy_rows(stored.state), codec.encode(stored.state))
         for name, value in stored.job.metadata:
             expected[keys.metadata_index_key(tenant, name, value, job_id)] = b""
         if stored.state.expires_at_ms is not None:

@@ -134,7 +134,7 @@ async def test_a_silence_that_ends_a_connection_costs_no_lease(tmp_path: Path) -
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("ways", [(Way.UP,), (Way.DOWN,), BOTH], ids=["up", "down", "both"])
 async def test_a_silence_shorter_than_a_lease_costs_none(tmp_path: Path, ways: tuple[Way, ...]) -> None:
-    """Either side may give its connection up after 3.5 s: three quarters of a lease are left by then, or more."""
+    """Either side may give its connection up after 3.5 s: its leases are good for 7.5 s then, or more."""
     async with (
         fault_cluster(tmp_path) as cluster,
         cluster.client() as client,

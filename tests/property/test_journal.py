@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+from unittest import mock
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from silo.errors import StoreError
+from silo.storage import journal
 from silo.storage.journal import JournaledStore
 from silo.storage.memory import Fault, MemoryStorage
 from silo.storage.store import Group
@@ -16,7 +18,7 @@ from tests.journaled import JournaledMemoryStorage
 keys = st.sampled_from([b"a1", b"a2", b"b", b"q\x00", b"q\x01", b"q\xff", b"z"])
 values = st.one_of(st.none(), st.binary(max_size=3))
 batches = st.dictionaries(keys, values, max_size=5)
-large = st.builds(bytes, st.just(2 << 20))
+large = st.builds(bytes, st.just(journal.BATCH_BYTES_MAX + 1))
 
 
 class JournalMachine(RuleBasedStateMachine):
@@ -24,6 +26,8 @@ class JournalMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
+        self.bounds = mock.patch.multiple(journal, ROWS_MANY=4, ROWS_MAX=8)
+        self.bounds.start()
         self.loop = asyncio.new_event_loop()
         self.storage = JournaledMemoryStorage()
         self.model: dict[bytes, bytes] = {}
@@ -115,7 +119,16 @@ class JournalMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "store"):
             self.loop.run_until_complete(self.store.close())
+            self.loop.run_until_complete(_cancel_others())  # Of stores that came before.
             self.loop.close()
+            self.bounds.stop()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 JournalMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)

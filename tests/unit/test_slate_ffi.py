@@ -114,7 +114,7 @@ async def test_batches_of_a_scan_are_the_same_both_ways(store: SlateStore) -> No
 
 async def test_an_error_of_the_binding_is_raised_and_the_next_call_works(store: SlateStore) -> None:
     with pytest.raises(slatedb.Error):
-        slate_ffi.fill(slatedb.WriteBatch(), {b"": b"an empty key"})
+        slate_ffi.fill(slatedb.WriteBatch(), [(b"", b"an empty key")])
     other = await SlateStorage("memory://ffi").open("other")
     await other._database.shutdown()
     with pytest.raises(slatedb.Error.Closed):

@@ -2,11 +2,8 @@
 
 import os
 import time
-from uuid import UUID
 
-_VERSION = 7 << 76
-_VARIANT = 2 << 62
-_RANDOM = (0xFFF << 64) | ((1 << 62) - 1)
+from silo.uuids import uuid_text
 
 
 def new_job_id() -> str:
@@ -14,11 +11,10 @@ def new_job_id() -> str:
 
     Since it begins with the time, a server can tell that it is new, and new jobs lie together in its store.
     """
-    at_ms = time.time_ns() // 1_000_000
-    drawn = int.from_bytes(os.urandom(10)) & _RANDOM
-    return str(UUID(int=(at_ms & (1 << 48) - 1) << 80 | _VERSION | _VARIANT | drawn))
+    at_ms = time.time_ns() // 1_000_000 & (1 << 48) - 1
+    return uuid_text(at_ms << 80 | int.from_bytes(os.urandom(10)), version=7)
 
 
 def new_session_id() -> str:
     """The id of a worker's session: drawn when it starts, never used twice."""
-    return str(UUID(bytes=os.urandom(16), version=4))
+    return uuid_text(int.from_bytes(os.urandom(16)), version=4)

@@ -73,7 +73,9 @@ def task_bytes(
     job_id: str, payload: bytes, metadata: tuple[tuple[str, str], ...], limits: tuple[Limit, ...] = ()
 ) -> int:
     """How much of an answer the texts of a task of this job take, in bytes."""
-    size = len(job_id) + len(payload) + sum(len(name) + len(value.encode()) for name, value in metadata)
+    size = len(job_id) + len(payload)
+    if metadata:
+        size += sum(len(name) + len(value.encode()) for name, value in metadata)
     return size + limits_bytes(limits) if limits else size
 
 

@@ -6,7 +6,6 @@ small store of its own beside the shards. The settings that shaped it have no ef
 
 from random import Random
 from typing import Protocol
-from uuid import UUID
 
 import msgspec
 
@@ -15,6 +14,7 @@ from silo.errors import StoreCorrupt
 from silo.model.shards import ShardInfo, initial_ranges
 from silo.storage.store import Store
 from silo.telemetry.logging import Log
+from silo.uuids import uuid_text
 
 LAYOUT_STORE = "_layout"
 LAYOUT_VERSION = 1
@@ -83,7 +83,7 @@ def _new_layout(coordination: CoordinationConfig, rng: Random) -> Layout:
 
 
 def _random_id(rng: Random) -> str:
-    return str(UUID(int=rng.getrandbits(128), version=4))
+    return uuid_text(rng.getrandbits(128), version=4)
 
 
 def _decode(value: bytes) -> Layout:

@@ -21,7 +21,7 @@ from silo.storage import keys
 LEASE_COUNT_MAX = 4096  # Tasks and payload bytes handed out by one call.
 LEASE_BYTES_MAX = 32 << 20
 RESIDENTS_MAX = 10_000
-_WINDOW_MIN, _WINDOW_MAX, _ROWS_MAX = 16, 512, 100_000
+_WINDOW_MIN, _WINDOW_MAX, _ROWS_MAX = 16, 8_192, 100_000
 
 
 class Room:

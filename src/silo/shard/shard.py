@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from random import Random
 from typing import NoReturn, TypeAlias
-from uuid import UUID
 
 import msgspec
 
@@ -64,6 +63,7 @@ from silo.shard.views import LeaseHolder, leases_from
 from silo.storage import codec, keys
 from silo.storage.store import Row, Store, scan_all
 from silo.telemetry.logging import Log
+from silo.uuids import uuid_text
 
 log = Log("silo.shard")
 
@@ -71,7 +71,7 @@ AnyReport: TypeAlias = Report | RefreshOutcome
 
 GROUP_ROWS_MAX = 100_000  # Rows in the open group, and bytes of new jobs, before commands are refused.
 GROUP_BYTES_MAX = 256 << 20
-_FEED_TASKS = 64  # Taken by small calls, before the feeder looks; it keeps more than that ahead.
+_FEED_TASKS = 128  # Taken by small calls, before the feeder looks; it keeps more than that ahead.
 _ADMIT_JOBS = 256  # Admitted in one step, before others have their turn.
 _SCAN_ROWS = 4096
 _DROP_ROWS = 256  # Tickets taken away in one step.
@@ -338,7 +338,7 @@ class Shard:
         except Overloaded as refusal:
             return refusal
         most = self._max_pending_jobs
-        if most is not None and self._state.counters.get(new.tenant).pending >= most:
+        if most is not None and self._state.counters.pending(new.tenant) >= most:
             # After the look for the id: whoever repeats an enqueue that was taken hears that it exists.
             return _quota_reached(new.tenant, most)
         return None
@@ -950,7 +950,7 @@ class Shard:
         self._state.seal(rows)
 
     def _new_id(self) -> str:
-        return str(UUID(int=self._rng.getrandbits(128), version=4))
+        return uuid_text(self._rng.getrandbits(128), version=4)
 
 
 class _Recovered(msgspec.Struct, frozen=True):

@@ -26,7 +26,7 @@ from silo.shard.turns import Turns
 from silo.shard.views import Counters, JobCache, Leases
 from silo.shard.window import RowTally
 from silo.storage import keys
-from silo.storage.batch import asking_row, queue_row, timer_row, write_change, write_floating
+from silo.storage.batch import queue_row, write_change, write_floating
 
 _QUEUES_MAX = 10_000  # Task groups in memory, before idle ones are dropped.
 _QUEUES_LOOKED_AT = 16  # For each new one beyond.
@@ -113,16 +113,16 @@ class ShardState:
         """Make a job's step true."""
         before, after = change.before, change.after
         rows = self.committer.rows
-        write_change(change, rows)
+        copies_before, copies_after = write_change(change, rows)
         if change.job is not None:  # Created or deleted: whatever is cached under its id is another job.
             self.jobs.drop(change.job.tenant, change.job.id)
             if before is None:
                 self.ids.add(change.job.id)
             self.open_bytes += change.subject.payload_bytes
         if before is not None:
-            self._leave(before, after)
+            self._leave(before, copies_before, after)
         if after is not None:
-            self._enter(before, after, change.job, rows)
+            self._enter(before, after, copies_after, change.job, rows)
         subject = change.subject
         if subject.limits:
             for floating in change.floating:
@@ -183,26 +183,26 @@ class ShardState:
         if after.alarm_at_ms is not None:
             self.wake_at(after.alarm_at_ms)
         if before is not None and isinstance(before.refresh, RefreshDue):
-            self._leave_queue(before)
+            self._leave_queue(before, queue_row(before))
         if before is not None and before.lease is not None and after.lease is None:
             self.leases.drop(before.lease.task_id)
             self._tell_holder(before, after)
         if isinstance(after.refresh, RefreshDue):
-            self._enter_queue(after, None, rows)
+            self._enter_queue(after, queue_row(after), None, rows)
         if after.lease is not None:
             self.leases.put(after, after.lease.expiry_ms)
             self.wake_at(after.lease.expiry_ms)
         self.limits.put_floating(after)
 
-    def _leave(self, before: JobState, after: JobState | None) -> None:
+    def _leave(self, before: JobState, copies: tuple[bytes, ...], after: JobState | None) -> None:
         match before.pending:
             case Ready():
-                self._leave_queue(before)
+                self._leave_queue(before, copies[-1])
                 self.jobs.drop(before.tenant, before.job_id)
             case Delayed() | Checking() | Throttled(due_ms=int()):
-                self.timers.drop(timer_row(before))
+                self.timers.drop(copies[-1])
             case Asking():
-                self.asking.drop(asking_row(before))
+                self.asking.drop(copies[-1])
             case _:
                 pass
         if before.expires_at_ms is not None:
@@ -210,16 +210,23 @@ class ShardState:
         if before.lease is not None and (after is None or after.lease is None):
             self.leases.drop(before.lease.task_id)
 
-    def _enter(self, before: JobState | None, after: JobState, job: Job | None, rows: Rows) -> None:
+    def _enter(
+        self,
+        before: JobState | None,
+        after: JobState,
+        copies: tuple[bytes, ...],
+        job: Job | None,
+        rows: Rows,
+    ) -> None:
         match after.pending:
             case Ready():
-                self._enter_queue(after, job, rows)
+                self._enter_queue(after, copies[-1], job, rows)
             case Delayed(due_ms=due_ms) | Checking(due_ms=due_ms) | Throttled(due_ms=int(due_ms)):
-                self.timers.put(timer_row(after), after, rows)
+                self.timers.put(copies[-1], after, rows)
                 self.wake_at(due_ms)
             case Asking(turn=turn):
                 self.turns.take(after.tenant, turn)
-                self.asking.put(asking_row(after), after, rows)
+                self.asking.put(copies[-1], after, rows)
                 self.was_asked.set()
             case _:
                 pass
@@ -232,8 +239,7 @@ class ShardState:
             if before is None or before.lease is None:
                 self.wake_at(after.lease.expiry_ms)
 
-    def _enter_queue(self, task: Task, job: Job | None, rows: Rows) -> None:
-        key = queue_row(task)
+    def _enter_queue(self, task: Task, key: bytes, job: Job | None, rows: Rows) -> None:
         prefix = keys.queue_prefix(task.task_group, task.tenant)
         self.floors.admit(prefix, key, rows)
         queue = self.queues.get(task.task_group)
@@ -243,7 +249,7 @@ class ShardState:
                 self.jobs.put(job)
         self.listeners.wake_one(task.task_group)
 
-    def _leave_queue(self, task: Task) -> None:
+    def _leave_queue(self, task: Task, key: bytes) -> None:
         queue = self.queues.get(task.task_group)
         if queue is not None:
-            queue.remove(queue_row(task), task.tenant)
+            queue.remove(key, task.tenant)

@@ -113,36 +113,49 @@ class Counters:
     """Job counts. Those of tenants are loaded on demand, and kept while they matter."""
 
     def __init__(self, totals: ShardTotals) -> None:
-        self.totals = totals
-        self._tenants: dict[str, TenantCounts] = {}
+        self._totals = [totals.total_jobs, totals.completed_jobs]
+        self._tenants: dict[str, list[int]] = {}  # By status.
         self._dirty: set[str] = set()
         self._totals_are_dirty = False
+
+    @property
+    def totals(self) -> ShardTotals:
+        return ShardTotals(*self._totals)
 
     def has(self, tenant: str) -> bool:
         return tenant in self._tenants
 
     def get(self, tenant: str) -> TenantCounts:
-        return self._tenants[tenant]
+        scheduled, running, succeeded, failed, cancelled = self._tenants[tenant]
+        return TenantCounts((scheduled, running, succeeded, failed, cancelled))
+
+    def pending(self, tenant: str) -> int:
+        return self._tenants[tenant][JobStatus.SCHEDULED]
 
     def load(self, tenant: str, counts: TenantCounts) -> None:
-        self._tenants.setdefault(tenant, counts)
+        self._tenants.setdefault(tenant, list(counts.by_status))
 
     def move(self, tenant: str, before: JobStatus | None, after: JobStatus | None) -> None:
         """One job of `tenant` went from one status to another; None stands for "does not exist"."""
         if before is after:
             return
-        self._tenants[tenant] = self._tenants[tenant].moved(before, after)
+        counts = self._tenants[tenant]
         self._dirty.add(tenant)
-        born = (after is not None) - (before is not None)
-        ended = (after is not None and after.is_terminal) - (before is not None and before.is_terminal)
-        if born or ended:
-            self.totals = ShardTotals(self.totals.total_jobs + born, self.totals.completed_jobs + ended)
+        had_ended = before is not None and before.is_terminal
+        has_ended = after is not None and after.is_terminal
+        if before is not None:
+            counts[before] -= 1
+        if after is not None:
+            counts[after] += 1
+        if before is None or after is None or had_ended is not has_ended:
+            self._totals[0] += (after is not None) - (before is not None)
+            self._totals[1] += has_ended - had_ended
             self._totals_are_dirty = True
 
     def seal(self, rows: Rows) -> None:
         """Add the counters that changed since the last group to this one."""
         for tenant in self._dirty:
-            counts = self._tenants[tenant]
+            counts = self.get(tenant)
             rows[keys.counts_key(tenant)] = None if counts.is_empty else codec.encode(counts)
         self._dirty.clear()
         if self._totals_are_dirty:

@@ -12,9 +12,12 @@ journal and applied to what it found, so the read needs no lock.
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
+
+_LEFT_MAX = 256  # Keys that have left, before the list may be moved.
 
 
 class RowTally:
@@ -29,7 +32,8 @@ class Window(Generic[Value]):
 
     def __init__(self, start: bytes | None, tally: RowTally | None = None) -> None:
         """Empty; the store may hold rows from `start` on, or none at all when it is None."""
-        self._keys: list[bytes] = []
+        self._keys: list[bytes] = []  # In order, from `_first` on; those before have left.
+        self._first = 0
         self._states: dict[bytes, Value] = {}
         self._tally = tally or RowTally()
         self.bound = start
@@ -37,13 +41,13 @@ class Window(Generic[Value]):
         self._journal: dict[bytes, Value | None] | None = None
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._states)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._states
 
     def __repr__(self) -> str:
-        return f"Window({len(self._keys)} rows, bound={self.bound!r})"
+        return f"Window({len(self)} rows, bound={self.bound!r})"
 
     @property
     def is_complete(self) -> bool:
@@ -55,20 +59,20 @@ class Window(Generic[Value]):
 
     @property
     def first_key(self) -> bytes | None:
-        return self._keys[0] if self._keys else None
+        return self._keys[self._first] if self._states else None
 
     def first(self) -> Value:
-        return self._states[self._keys[0]]
+        return self._states[self._keys[self._first]]
 
     def get(self, key: bytes) -> Value | None:
         return self._states.get(key)
 
     def state_at(self, index: int) -> Value | None:
-        return self._states[self._keys[index]] if index < len(self._keys) else None
+        return self._states[self._keys[self._first + index]] if index < len(self._states) else None
 
     def items(self) -> Iterator[tuple[bytes, Value]]:
         """The rows in memory, in order. Change nothing meanwhile."""
-        for key in self._keys:
+        for key in islice(self._keys, self._first, None):
             yield key, self._states[key]
 
     def insert(self, key: bytes, state: Value, *, limit: int) -> bool:
@@ -80,25 +84,35 @@ class Window(Generic[Value]):
             if self._journal is not None:
                 self._journal[key] = state
             return False
-        if self._keys and key < self._keys[-1]:
-            insort(self._keys, key)
+        if self._states and key < self._keys[-1]:
+            insort(self._keys, key, lo=self._first)
         else:
             self._keys.append(key)
         self._states[key] = state
         self._tally.rows += 1
-        if len(self._keys) > 2 * limit:
+        if len(self._states) > 2 * limit:
             self._trim(limit)
         return True
 
     def remove(self, key: bytes) -> None:
         """Forget a row that was just deleted."""
         if self._states.pop(key, None) is not None:
-            del self._keys[bisect_left(self._keys, key)]
             self._tally.rows -= 1
+            if self._keys[self._first] == key:
+                self._first += 1  # The usual case, and deleting from a list's front moves all the others.
+                if self._first > _LEFT_MAX and 2 * self._first > len(self._keys):
+                    self._drop_left()
+            else:
+                del self._keys[bisect_left(self._keys, key, lo=self._first)]
         elif self._journal is not None and self.bound is not None and key >= self.bound:
             self._journal[key] = None
 
+    def _drop_left(self) -> None:
+        del self._keys[: self._first]
+        self._first = 0
+
     def _trim(self, limit: int) -> None:
+        self._drop_left()
         self.bound = self._keys[limit]
         for key in self._keys[limit:]:
             del self._states[key]
@@ -109,8 +123,9 @@ class Window(Generic[Value]):
     def let_go(self) -> None:
         """The owner forgets this window: its rows count no more, and a refill under way is void."""
         self.was_let_go = True
-        self._tally.rows -= len(self._keys)
+        self._tally.rows -= len(self._states)
         self._keys.clear()
+        self._first = 0
         self._states.clear()
         self._journal = None
 

@@ -1,7 +1,7 @@
 """From a change to the rows it writes and deletes, index rows included."""
 
-from collections.abc import Iterator, MutableMapping
-from typing import assert_never
+from collections.abc import MutableMapping
+from typing import TypeAlias, assert_never
 
 from silo.model.change import Change
 from silo.model.floating import FloatingState, RefreshDue
@@ -22,8 +22,11 @@ from silo.storage.store import Group
 QUEUED_BYTES_MAX = 1024  # A larger job is not copied into its queue row.
 
 
-def write_change(change: Change, rows: MutableMapping[bytes, bytes | None]) -> None:
-    """Add to `rows` what `change` puts (bytes) and deletes (None).
+Rows: TypeAlias = MutableMapping[bytes, bytes | None]
+
+
+def write_change(change: Change, rows: Rows) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+    """Add to `rows` what `change` puts (bytes) and deletes (None); the `copy_rows` of before and after.
 
     The row of a job's pending work or of its lease holds a copy of its state,
     so that a queue can be served, and leases recovered, by one scan. The queue row of a
@@ -31,8 +34,12 @@ def write_change(change: Change, rows: MutableMapping[bytes, bytes | None]) -> N
     """
     before, after = change.before, change.after
     subject = change.subject
+    copies_before: tuple[bytes, ...] = ()
+    copies_after: tuple[bytes, ...] = ()
     if before is not None:
-        for key in derived_keys(before):
+        rows[index_row(before)] = None
+        copies_before = copy_rows(before)
+        for key in copies_before:
             rows[key] = None
         if before.expires_at_ms is not None:
             rows[keys.expiry_key(before.expires_at_ms, before.tenant, before.job_id)] = None
@@ -41,7 +48,8 @@ def write_change(change: Change, rows: MutableMapping[bytes, bytes | None]) -> N
     if after is None:
         _delete_history(change, rows)
     else:
-        _write_state(after, job_value, rows)  # After the deletions: what is new now was not there before.
+        # After the deletions: what is new now was not there before.
+        copies_after = _write_state(after, job_value, rows)
     if change.job is not None:
         rows[keys.job_key(subject.tenant, subject.job_id)] = job_value
         for name, text in change.job.metadata:
@@ -50,26 +58,26 @@ def write_change(change: Change, rows: MutableMapping[bytes, bytes | None]) -> N
     for attempt in change.attempts:
         row = keys.attempt_key(subject.tenant, subject.job_id, attempt.attempt_number)
         rows[row] = codec.encode(attempt)
+    return copies_before, copies_after
 
 
-def _write_state(state: JobState, job_value: bytes | None, rows: MutableMapping[bytes, bytes | None]) -> None:
+def _write_state(state: JobState, job_value: bytes | None, rows: Rows) -> tuple[bytes, ...]:
     value = codec.encode(state)
     rows[keys.state_key(state.tenant, state.job_id)] = value
-    index_row, *locus = derived_keys(state)
+    index, copies = index_row(state), copy_rows(state)
     if isinstance(rows, Group):
-        rows.fresh.update(key for key in (index_row, *locus) if key not in rows)
-    rows[index_row] = b""
+        rows.note_fresh((index, *copies))
+    rows[index] = b""
     if job_value is not None and isinstance(state.pending, Ready) and len(job_value) <= QUEUED_BYTES_MAX:
         value = codec.queued(value, job_value)
-    for key in locus:
+    for key in copies:
         rows[key] = value
     if state.expires_at_ms is not None:
         rows[keys.expiry_key(state.expires_at_ms, state.tenant, state.job_id)] = b""
+    return copies
 
 
-def _write_holders(
-    before: JobState | None, after: JobState | None, rows: MutableMapping[bytes, bytes | None]
-) -> None:
+def _write_holders(before: JobState | None, after: JobState | None, rows: Rows) -> None:
     held_before = before.held if before is not None else ()
     held_after = after.held if after is not None else ()
     if held_before is held_after:
@@ -82,23 +90,26 @@ def _write_holders(
         rows[keys.holder_key(subject.tenant, holder.key, subject.job_id)] = codec.encode(holder.granted_at_ms)
 
 
-def _delete_history(change: Change, rows: MutableMapping[bytes, bytes | None]) -> None:
+def _delete_history(change: Change, rows: Rows) -> None:
     state = change.subject
     rows[keys.state_key(state.tenant, state.job_id)] = None
     for number in range(1, state.attempts_ended + 1):
         rows[keys.attempt_key(state.tenant, state.job_id, number)] = None
 
 
-def derived_keys(state: JobState) -> Iterator[bytes]:
-    """The keys that exist because of this state: its status index row, then those with a copy of it."""
+def index_row(state: JobState) -> bytes:
+    """The job's row in the status index."""
     at_ms = state.changed_at_ms
     if state.status is JobStatus.SCHEDULED and state.next_start_ms is not None:
         at_ms = state.next_start_ms
-    yield keys.status_index_key(state.tenant, state.status, at_ms, state.job_id)
-    if state.pending is not None:
-        yield from pending_keys(state)
+    return keys.status_index_key(state.tenant, state.status, at_ms, state.job_id)
+
+
+def copy_rows(state: JobState) -> tuple[bytes, ...]:
+    """The rows with a copy of this state: where the job waits, or its lease."""
     if state.lease is not None:
-        yield keys.lease_key(state.lease.task_id)
+        return (keys.lease_key(state.lease.task_id),)
+    return () if state.pending is None else pending_keys(state)
 
 
 def pending_keys(state: JobState) -> tuple[bytes, ...]:
@@ -159,9 +170,7 @@ def line_row(state: JobState) -> bytes:
     return keys.place_in_line(line_prefix(state), *state.rank)
 
 
-def write_floating(
-    before: FloatingState | None, after: FloatingState, rows: MutableMapping[bytes, bytes | None]
-) -> None:
+def write_floating(before: FloatingState | None, after: FloatingState, rows: Rows) -> None:
     """Add to `rows` what a floating limit's step from `before` to `after` puts and deletes; not its alarm."""
     if before is not None and before.refresh is not None:
         rows[refresh_row(before)] = None

@@ -2,17 +2,20 @@
 
 Most rows of a job live for milliseconds: its place in a queue, its lease, its place in an index. A group of
 the committer becomes durable as one row, the *journal* entry, which costs a fraction of the rows in
-it. What it says is visible at once, in memory. Twice a second all that came together is written in
-one batch with the deletion of its entries. Rows that came and went meanwhile never reach the store.
+it. What it says is visible at once, in memory. Twice a second, or sooner when there is much, all that
+came together is written in one batch with the deletion of its entries. Rows that came and went meanwhile
+never reach the store.
 
 Guarantees:
     DURABLE    `write` returns when the entry is durable. After a crash `open` applies what is left.
     ATOMIC     rows and the deletion of their entries are one batch: an entry is applied once or not yet.
     VISIBLE    reads and scans see every write that has returned.
-    BOUNDED    at most `ROWS_MAX` rows wait; a large group is not journaled but written right away.
+    BOUNDED    with `ROWS_MAX` rows waiting, a write waits until they are applied. A large group is not
+               journaled: it is written itself, after all that waits.
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
@@ -25,8 +28,9 @@ from silo.storage import keys
 from silo.storage.store import Batch, Group, Row, Store, scan_all
 
 APPLY_S = 0.5
+ROWS_MANY = 10_000  # Applied at once: many small batches hold up others less than a large one.
 ROWS_MAX = 50_000
-BATCH_BYTES_MAX = 1 << 20
+BATCH_BYTES_MAX = 4 << 20
 _PAGE_ROWS = 256
 _ABSENT = b"absent"
 _JOURNAL_END = keys.range_end(keys.JOURNAL)
@@ -38,8 +42,11 @@ _decode = msgspec.msgpack.Decoder(dict[bytes, bytes | None]).decode
 class BehindStore(Store, Protocol):
     """A store that can also take rows whose durability nobody waits for."""
 
-    async def write_behind(self, batch: Batch) -> None:
-        """Like `write`, but durable only with the next `write`; lets others run between parts of the work."""
+    async def write_behind(self, rows: Sequence[tuple[bytes, bytes | None]]) -> None:
+        """Like `write`, but durable only with the next `write`; lets others run between parts of the work.
+
+        The keys differ, and cost less in order.
+        """
 
 
 class BehindStorage(Protocol):
@@ -79,33 +86,28 @@ class _Layer:
     """Rows that are not in the store yet, by the families of their keys."""
 
     def __init__(self) -> None:
-        self._families: dict[int, dict[bytes, bytes | None]] = {}
+        self._families: defaultdict[int, dict[bytes, bytes | None]] = defaultdict(dict)
         self._fresh: set[bytes] = set()  # Rows that the store surely does not have.
         self.entries: list[bytes] = []  # The journal's keys that these rows come from.
-        self.rows = 0
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self._families.values()))
 
     def merge(self, batch: Batch) -> None:
-        fresh = batch.fresh if isinstance(batch, Group) else ()
+        families, fresh = self._families, self._fresh
+        if isinstance(batch, Group):
+            fresh.update([key for key in batch.fresh if key not in families[key[0]]])
         for key, value in batch.items():
-            family = self._families.get(key[0])
-            if family is None:
-                family = self._families[key[0]] = {}
-            before = family.get(key, _ABSENT)
-            if before is _ABSENT:
-                self.rows += 1
-                if value is not None and key in fresh:
-                    self._fresh.add(key)
-            elif value is None and key in self._fresh:
-                self._fresh.discard(key)
-                del family[key]  # It came and went.
-                self.rows -= 1
-                continue
-            family[key] = value
+            if value is None and key in fresh:  # It came and went.
+                fresh.discard(key)
+                families[key[0]].pop(key, None)
+            else:
+                families[key[0]][key] = value
 
     def get(self, key: bytes) -> bytes | None:
         """The value, None for a deletion, `_ABSENT` if it says nothing of this key."""
-        family = self._families.get(key[0])
-        return _ABSENT if family is None else family.get(key, _ABSENT)
+        return self._families[key[0]].get(key, _ABSENT)
 
     def within(self, start: bytes, end: bytes) -> dict[bytes, bytes | None]:
         return {
@@ -116,12 +118,12 @@ class _Layer:
             if start <= key < end
         }
 
-    def all_rows(self) -> dict[bytes, bytes | None]:
-        """Everything, in order: a store takes rows that are sorted in less time."""
-        rows: dict[bytes, bytes | None] = {}
+    def all_rows(self) -> list[tuple[bytes, bytes | None]]:
+        """Everything, in order but for the entries."""
+        rows: list[tuple[bytes, bytes | None]] = []
         for _, family in sorted(self._families.items()):
-            rows.update(sorted(family.items()))
-        rows.update(dict.fromkeys(self.entries))
+            rows += sorted(family.items())
+        rows += dict.fromkeys(self.entries).items()
         return rows
 
 
@@ -133,8 +135,10 @@ class JournaledStore:
         self._next_entry = next_entry
         self._new = _Layer()
         self._applying = _Layer()
+        self._writing = asyncio.Lock()
         self._turn = asyncio.Lock()  # Held while rows are being written behind.
         self._has_rows = asyncio.Event()
+        self._has_many = asyncio.Event()
         self._failure: StoreError | None = None
         self._applier = asyncio.get_running_loop().create_task(self._apply_forever(), name="apply journal")
         self._is_closed = False
@@ -155,7 +159,7 @@ class JournaledStore:
                 raise StoreCorrupt("an entry of the journal is damaged") from error
             left.entries.append(key)
         if left.entries:
-            await store.write(left.all_rows())
+            await store.write(dict(left.all_rows()))
         last = keys.read_journal(left.entries[-1]) if left.entries else 0
         return cls(store, next_entry=last + 1)
 
@@ -209,38 +213,39 @@ class JournaledStore:
         self._check_open()
         if not batch:
             return
-        if self._failure is not None:
-            raise self._failure
         size = sum(len(value) for value in batch.values() if value is not None)
-        if size > BATCH_BYTES_MAX or self._new.rows > ROWS_MAX:
-            await self._write_through(batch)
-            return
-        key = keys.journal_key(self._next_entry)
-        self._next_entry += 1
-        await self._store.write({key: _encode(dict(batch))})
-        self._new.merge(batch)
-        self._new.entries.append(key)
-        self._has_rows.set()
-
-    async def _write_through(self, batch: Batch) -> None:
-        """Write all that waits and this group, as one batch."""
-        async with self._turn:
+        async with self._writing:  # In memory, too, they take effect in the order of the calls.
+            if self._failure is not None:
+                raise self._failure
+            if size > BATCH_BYTES_MAX:
+                await self._apply()
+                await self._store.write(batch)
+                return
+            if self._new.rows > ROWS_MAX:
+                await self._apply()
+            key = keys.journal_key(self._next_entry)
+            self._next_entry += 1
+            await self._store.write({key: _encode(dict(batch))})
             self._new.merge(batch)
-            layer, self._applying, self._new = self._new, self._new, _Layer()
-            await self._store.write(layer.all_rows())
-            self._applying = _Layer()
+            self._new.entries.append(key)
+            self._has_rows.set()
+            if self._new.rows > ROWS_MANY:
+                self._has_many.set()
 
     async def _apply_forever(self) -> None:
         with suppress(StoreError):
             while True:
                 await self._has_rows.wait()
-                await asyncio.sleep(APPLY_S)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(APPLY_S):
+                        await self._has_many.wait()
                 await self._apply()
 
     async def _apply(self) -> None:
         """Write all that waits by now."""
         async with self._turn:
             self._has_rows.clear()
+            self._has_many.clear()
             if not self._new.entries:
                 return
             self._applying, self._new = self._new, _Layer()

@@ -27,6 +27,7 @@ endian; negative times are kept as 0. Families:
 """
 
 import struct
+from collections.abc import Callable
 from functools import lru_cache
 
 _TIME = struct.Struct(">Q")
@@ -34,6 +35,7 @@ _NUMBER = struct.Struct(">I")
 _TIME_MAX = (1 << 63) - 1
 
 _NAME_CHARS_MAX = 128  # Longer texts are values, not names: they would fill the cache's memory.
+_NAMES_MAX = 16_384  # A lifecycle encodes the same few names over and over.
 
 _STATE = b"\x00"
 _JOB = b"\x01"
@@ -55,7 +57,7 @@ def _text(value: str) -> bytes:
     return _encoded_name(value) if len(value) <= _NAME_CHARS_MAX else _encoded(value)
 
 
-@lru_cache(maxsize=16_384)  # A lifecycle encodes the same few names over and over.
+@lru_cache(maxsize=_NAMES_MAX)
 def _encoded_name(value: str) -> bytes:
     return _encoded(value)
 
@@ -67,10 +69,23 @@ def _encoded(value: str) -> bytes:
     return raw + b"\0\0"
 
 
+def _of_names(build: Callable[[str, str], bytes]) -> Callable[[str, str], bytes]:
+    """Remember what is built from two names, unless one is long."""
+    remembered = lru_cache(maxsize=_NAMES_MAX)(build)
+
+    def built(first: str, second: str) -> bytes:
+        if len(first) <= _NAME_CHARS_MAX and len(second) <= _NAME_CHARS_MAX:
+            return remembered(first, second)
+        return build(first, second)
+
+    return built
+
+
 def _time(at_ms: int) -> bytes:
     return _TIME.pack(at_ms if 0 <= at_ms <= _TIME_MAX else 0 if at_ms < 0 else _TIME_MAX)
 
 
+@_of_names
 def _job_prefix(tenant: str, job_id: str) -> bytes:
     return b"j" + _text(tenant) + _text(job_id)
 
@@ -93,8 +108,13 @@ def status_index_prefix(tenant: str) -> bytes:
 
 
 def status_index_key(tenant: str, status: int, at_ms: int, job_id: str) -> bytes:
-    newest_first = _TIME.pack(_TIME_MAX - min(max(at_ms, 0), _TIME_MAX))
-    return status_index_prefix(tenant) + bytes((status,)) + newest_first + _text(job_id)
+    newest_first = _time(_TIME_MAX - at_ms if at_ms > 0 else _TIME_MAX)
+    return _status_prefix(tenant, status) + newest_first + _text(job_id)
+
+
+@lru_cache(maxsize=_NAMES_MAX)
+def _status_prefix(tenant: str, status: int) -> bytes:
+    return status_index_prefix(tenant) + bytes((status,))
 
 
 def metadata_index_key(tenant: str, name: str, value: str, job_id: str) -> bytes:
@@ -105,6 +125,7 @@ def queue_group_prefix(task_group: str) -> bytes:
     return b"q" + _text(task_group)
 
 
+@_of_names
 def queue_prefix(task_group: str, tenant: str) -> bytes:
     return b"q" + _text(task_group) + _text(tenant)
 

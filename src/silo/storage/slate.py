@@ -4,9 +4,8 @@ import asyncio
 import fcntl
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar  # The binding is untyped: its objects are Any throughout this module.
 
@@ -167,6 +166,7 @@ class SlateStore:
         self._compactions = compactions
         self._durability = durability
         self._local = local
+        self._writing = asyncio.Lock()
         self._is_closed = False
         self._sweep: asyncio.Task[None] | None = None
         self._log_files = 0
@@ -195,20 +195,23 @@ class SlateStore:
         self._check_open()
         if not batch:
             return
-        await self._call(lambda: self._database.write(_write_batch(batch)))
+        async with self._writing:  # None overtakes one that is tried again.
+            await self._call(lambda: self._database.write(_write_batch(batch)))
         if self._durability is Durability.FLUSHED:
             await self._call(lambda: self._flush(slatedb.FlushType.WAL))
             self._bound_log()
 
-    async def write_behind(self, batch: Batch) -> None:
-        """Like `write`, but durable only with the next `write`; lets others run between parts of the work."""
+    async def write_behind(self, rows: Sequence[tuple[bytes, bytes | None]]) -> None:
+        """Like `write`, but durable only with the next `write`; lets others run between parts of the work.
+
+        The keys differ, and cost less in order.
+        """
         self._check_open()
-        filled = slatedb.WriteBatch()
-        rows = iter(batch.items())
-        while part := dict(islice(rows, _FILL_ROWS)):
-            _fill(filled, part)
+        batch = slatedb.WriteBatch()
+        for start in range(0, len(rows), _FILL_ROWS):
+            _fill(batch, rows[start : start + _FILL_ROWS])
             await asyncio.sleep(0)
-        await self._call(lambda: self._database.write(filled))
+        await self._call(lambda: self._database.write(batch))
 
     async def flush(self) -> None:
         await self._call(lambda: self._flush(slatedb.FlushType.MEM_TABLE))
@@ -331,15 +334,15 @@ async def _next_batch(iterator: Any, count: int) -> list[Row]:
 
 def _write_batch(rows: Batch) -> Any:
     batch = slatedb.WriteBatch()
-    _fill(batch, rows)
+    _fill(batch, rows.items())
     return batch
 
 
-def _fill(batch: Any, rows: Batch) -> None:
+def _fill(batch: Any, rows: Iterable[tuple[bytes, bytes | None]]) -> None:
     if slate_ffi.AVAILABLE:
         slate_ffi.fill(batch, rows)
         return
-    for key, value in rows.items():
+    for key, value in rows:
         if value is None:
             batch.delete(key)
         else:

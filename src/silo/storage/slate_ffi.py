@@ -11,42 +11,48 @@ whether the installed one has the expected shape; if not, `SlateStore` uses the 
 import asyncio
 import ctypes
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Any  # The binding is untyped: its objects are Any throughout this module.
 
 from slatedb.uniffi._slatedb_uniffi import slatedb as binding
 
 _VERSION = "0.17.0"
-_SYMBOLS = (
+_CALLS = (  # Their last argument is where to tell of errors.
     "ffi_slatedb_uniffi_rustbuffer_from_bytes",
     "ffi_slatedb_uniffi_rustbuffer_free",
     "uniffi_slatedb_uniffi_fn_clone_writebatch",
     "uniffi_slatedb_uniffi_fn_method_writebatch_put",
     "uniffi_slatedb_uniffi_fn_method_writebatch_delete",
     "uniffi_slatedb_uniffi_fn_clone_db",
-    "uniffi_slatedb_uniffi_fn_method_db_get",
     "uniffi_slatedb_uniffi_fn_clone_dbiterator",
+)
+_STARTS = (  # They answer with a future.
+    "uniffi_slatedb_uniffi_fn_method_db_get",
     "uniffi_slatedb_uniffi_fn_method_dbiterator_next_batch",
+)
+_FUTURE_CALLS = (
     "ffi_slatedb_uniffi_rust_future_poll_rust_buffer",
     "ffi_slatedb_uniffi_rust_future_complete_rust_buffer",
     "ffi_slatedb_uniffi_rust_future_free_rust_buffer",
 )
 
 _LENGTH = struct.Struct(">i")
+_frame = _LENGTH.pack
 _ROW_TAIL = struct.Struct(">QqB")  # seq, create_ts, and whether an expiry follows.
 _POLL_READY = 0
 _GETS_AT_ONCE = 64
 
 _library: Any = None
 _status: Any = None
+_status_at = 0
 
 
 def _is_available() -> bool:
     if version("slatedb") != _VERSION:
         return False
     loaded = getattr(binding, "_UniffiLib", None)
-    return all(hasattr(loaded, symbol) for symbol in _SYMBOLS)
+    return all(hasattr(loaded, symbol) for symbol in (*_CALLS, *_STARTS, *_FUTURE_CALLS))
 
 
 AVAILABLE = _is_available()
@@ -54,11 +60,15 @@ AVAILABLE = _is_available()
 if AVAILABLE:
     # PyDLL keeps the interpreter lock: these calls never wait, and take less time than giving it up would.
     _library = ctypes.PyDLL(binding._UniffiLib._name)
-    for _symbol in _SYMBOLS:
+    _status = binding._UniffiRustCallStatus.default()
+    _status_at = ctypes.addressof(_status)
+    for _symbol in _CALLS:  # An address costs less than a reference.
+        *_arguments, _ = getattr(binding._UniffiLib, _symbol).argtypes
+        getattr(_library, _symbol).argtypes = (*_arguments, ctypes.c_void_p)
+        getattr(_library, _symbol).restype = getattr(binding._UniffiLib, _symbol).restype
+    for _symbol in _STARTS:
         getattr(_library, _symbol).argtypes = getattr(binding._UniffiLib, _symbol).argtypes
         getattr(_library, _symbol).restype = getattr(binding._UniffiLib, _symbol).restype
-    _status = binding._UniffiRustCallStatus.default()
-    _status_ref = ctypes.byref(_status)
 
     class _Foreign(ctypes.Structure):
         """Borrowed bytes, as the binding's own structure but without a cast for each value."""
@@ -93,19 +103,20 @@ def _check() -> None:
 
 
 def _buffer(value: bytes) -> Any:
-    _foreign.data = framed = _LENGTH.pack(len(value)) + value
-    _foreign.len = len(framed)
-    return _from_bytes(_foreign, _status_ref)
+    size = len(value)
+    _foreign.data = _frame(size) + value
+    _foreign.len = size + 4
+    return _from_bytes(_foreign, _status_at)
 
 
-def fill(batch: Any, rows: Mapping[bytes, bytes | None]) -> None:
+def fill(batch: Any, rows: Iterable[tuple[bytes, bytes | None]]) -> None:
     """Add puts, and deletes for None, to a `WriteBatch` of the binding."""
     handle = batch._handle
-    for key, value in rows.items():
+    for key, value in rows:
         if value is None:
-            _delete(_clone_batch(handle, _status_ref), _buffer(key), _status_ref)
+            _delete(_clone_batch(handle, _status_at), _buffer(key), _status_at)
         else:
-            _put(_clone_batch(handle, _status_ref), _buffer(key), _buffer(value), _status_ref)
+            _put(_clone_batch(handle, _status_at), _buffer(key), _buffer(value), _status_at)
         if _status.code:
             _check()
 
@@ -184,11 +195,11 @@ class _Call:
                 if self._code == _POLL_READY:
                     break
                 self._ticket, self._code = _polled.poll(self._future)
-            buffer = _complete(self._future, _status_ref)
+            buffer = _complete(self._future, _status)
             if _status.code:
                 _check()
             data = ctypes.string_at(buffer.data, buffer.len) if buffer.len else b""
-            _free_buffer(buffer, _status_ref)
+            _free_buffer(buffer, _status_at)
             return data
         finally:
             self.drop()
@@ -204,7 +215,7 @@ class _Call:
 
 async def get(db: Any, key: bytes) -> bytes | None:
     """The value of `key` in a `Db` of the binding."""
-    return _value(await _Call(_get(_clone_db(db._handle, _status_ref), _buffer(key))).answer())
+    return _value(await _Call(_get(_clone_db(db._handle, _status_at), _buffer(key))).answer())
 
 
 async def get_many(db: Any, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -212,7 +223,7 @@ async def get_many(db: Any, keys: Sequence[bytes]) -> list[bytes | None]:
     values: list[bytes | None] = []
     for start in range(0, len(keys), _GETS_AT_ONCE):
         chunk = keys[start : start + _GETS_AT_ONCE]
-        calls = [_Call(_get(_clone_db(db._handle, _status_ref), _buffer(key))) for key in chunk]
+        calls = [_Call(_get(_clone_db(db._handle, _status_at), _buffer(key))) for key in chunk]
         try:
             for call in calls:
                 values.append(_value(await call.answer()))
@@ -228,7 +239,7 @@ def _value(answer: bytes) -> bytes | None:
 
 async def next_batch(iterator: Any, count: int) -> list[tuple[bytes, bytes]]:
     """Up to `count` rows of a `DbIterator` of the binding; fewer when it is exhausted."""
-    data = await _Call(_next_batch(_clone_iterator(iterator._handle, _status_ref), count)).answer()
+    data = await _Call(_next_batch(_clone_iterator(iterator._handle, _status_at), count)).answer()
     (length,) = _LENGTH.unpack_from(data)
     at = 4
     rows: list[tuple[bytes, bytes]] = []

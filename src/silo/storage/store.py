@@ -1,6 +1,6 @@
 """What a shard needs from storage, as a promise that every implementation keeps."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 from silo.model.storage import StorageInfo
@@ -22,6 +22,12 @@ class Group(dict[bytes, bytes | None]):
     def __init__(self) -> None:
         super().__init__()
         self.fresh: set[bytes] = set()
+
+    def note_fresh(self, rows: Iterable[bytes]) -> None:
+        """These are about to be added, and were not there before unless they are in this batch."""
+        for key in rows:
+            if key not in self:
+                self.fresh.add(key)
 
 
 class Store(Protocol):

@@ -4,11 +4,11 @@ import itertools
 from collections.abc import Callable
 from random import Random
 from typing import Any  # Arguments pass through.
-from uuid import UUID
 
 from silo.client.client import SiloGRPCClient
 from silo.client.handle import JobHandle
 from silo.client.types import ShardRouting
+from silo.uuids import uuid_text
 
 
 class JobIds:
@@ -23,7 +23,7 @@ class JobIds:
         self._rng = rng
 
     def __call__(self) -> str:
-        return str(UUID(int=next(self._numbers) << 96 | self._rng.getrandbits(96), version=4))
+        return uuid_text(next(self._numbers) << 96 | self._rng.getrandbits(96), version=4)
 
 
 class TimedClient(SiloGRPCClient):

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from random import Random
-from uuid import UUID
 
 import msgspec
 
@@ -18,6 +17,7 @@ from silo.rpc.server import listen
 from silo.shard.shard import ShardOptions
 from silo.storage.memory import MemoryStorage
 from silo.testing.clock import SteppingClock
+from silo.uuids import uuid_text
 
 _ADDR = "127.0.0.1:0"
 _SHOWN = 3  # Tasks that a text names.
@@ -164,5 +164,5 @@ async def timed_node(
 
 def _shard_infos(count: int, rng: Random) -> tuple[ShardInfo, ...]:
     return tuple(
-        ShardInfo(str(UUID(int=rng.getrandbits(128), version=4)), range) for range in initial_ranges(count)
+        ShardInfo(uuid_text(rng.getrandbits(128), version=4), range) for range in initial_ranges(count)
     )

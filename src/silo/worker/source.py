@@ -21,6 +21,10 @@ class Desk(Protocol):
         """How many more could begin now."""
 
     @property
+    def waiting(self) -> int:
+        """How many wait for a slot."""
+
+    @property
     def window(self) -> int:
         """How many tasks it wants to have, those that run included."""
 

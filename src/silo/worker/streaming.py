@@ -36,6 +36,7 @@ _DELAY_S_MIN, _DELAY_S_MAX = 0.05, 2.0  # Before a broken stream is opened again
 _STEADY_S = 1.0  # A stream that breaks sooner has not worked.
 _RESEND_S = 0.2  # Before a report is sent again that a server could not take.
 _ELSEWHERE_TIMES = 150  # Half a minute: by then the owners of all shards were asked for anew.
+_GATHER_S = 0.001  # How long a report waits for others while there are tasks to run.
 _MESSAGE_REPORTS, _MESSAGE_BYTES = 512, 4 << 20
 _END_S = 1.0  # How long a server may take to end a stream that we ended.
 
@@ -404,6 +405,8 @@ class _Stream:
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # The reader meets it, too.
             while True:
                 await self._filled.wait()
+                if self._outgoing and self._owner.desk.waiting:
+                    await asyncio.sleep(_GATHER_S)
                 self._filled.clear()
                 request = pb.WorkRequest()
                 if self._window != self._window_sent:

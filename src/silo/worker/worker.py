@@ -583,6 +583,10 @@ class _Desk:
         return self._worker.available_task_slots
 
     @property
+    def waiting(self) -> int:
+        return self._worker._slots.waiting
+
+    @property
     def window(self) -> int:
         return self._worker._slots.limit + self._worker._slots.ahead
 

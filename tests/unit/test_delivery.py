@@ -12,7 +12,7 @@ from silo.errors import Overloaded
 from silo.model.attempt import HandedBack, Postponed
 from silo.model.floating import RefreshSucceeded
 from silo.model.job import DEFAULT_TENANT, LEASE_MS, JobStatus
-from silo.node import delivery, sessions
+from silo.node import delivery, session, sessions
 from silo.node.session import WINDOW_MAX
 from silo.shard import shard as shard_module
 from silo.shard.shard import Shard, ShardOptions
@@ -195,6 +195,32 @@ async def test_all_task_groups_of_a_session_share_its_window(groups: int) -> Non
             await node.enqueue(*jobs(20, task_group=name, name=name))
         await node.settle()
         assert got(worker) == [7]
+
+
+async def test_large_tasks_are_sent_ahead_up_to_a_bound_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "AHEAD_BYTES_MAX", 300_000)
+    async with one_node() as node:
+        await node.enqueue(*jobs(100, payload=bytes(100_000)))
+        worker = node.join(window=1000, slots=5)
+        await node.settle()
+        sent = got(worker)[0]
+        assert 5 <= sent < 100
+        while sent < 100:
+            await worker.report(*worker.order[-5:])
+            await node.settle()
+            assert sent < got(worker)[0], "reports make room"
+            sent = got(worker)[0]
+            assert len(worker.held) < 100
+
+
+async def test_large_tasks_fill_all_slots_whatever_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "AHEAD_BYTES_MAX", 1)
+    async with one_node() as node:
+        worker = node.join(window=1000, slots=5)
+        for job in jobs(20, payload=bytes(100_000)):
+            await node.enqueue(job)
+        await node.settle()
+        assert got(worker) == [5]
 
 
 async def test_a_window_of_nothing_gets_nothing_and_one_that_grows_gets_more() -> None:

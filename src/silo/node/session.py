@@ -15,7 +15,9 @@ from silo.model.floating import FloatingState
 from silo.model.task import Leased
 from silo.shard.shard import AnyReport, Shard
 
-WINDOW_MAX = 1024
+WINDOW_MAX = 2048
+AHEAD_BYTES_MAX = 64 << 20  # Of large tasks that a worker has, before it gets more than it can begin.
+LARGE_BYTES = 16 << 10
 _PART_OF_WINDOW = 8
 MESSAGE_BYTES = 4 << 20  # Of what goes with one message; the rest goes with the next.
 UNREAD_MAX = 4096  # Acknowledgements that wait to be written, before no more reports are read.
@@ -90,6 +92,8 @@ class Session:
         self._hand_back = hand_back
         self._window = 0
         self._reserved = 0
+        self._large: dict[str, int] = {}  # Of those reserved or held: how large they are, in bytes.
+        self._large_bytes = 0
         # Of those held: their handlers have ended, and nobody need hear what becomes of their leases.
         self._reported: set[str] = set()
 
@@ -109,7 +113,8 @@ class Session:
     @property
     def has_room_ahead(self) -> bool:
         """Whether it pays to send tasks that will wait: several at a time cost little more than one."""
-        return self.room > max(0, self._window - self.slots) // _PART_OF_WINDOW
+        is_low = self.room > max(0, self._window - self.slots) // _PART_OF_WINDOW
+        return is_low and self._large_bytes < AHEAD_BYTES_MAX
 
     def set_window(self, tasks: int) -> None:
         self._window = min(tasks, WINDOW_MAX)
@@ -124,7 +129,7 @@ class Session:
         unsent: dict[str, list[str]] = {}
         for task_id, (shard_id, _) in self.outbox.tasks.items():
             unsent.setdefault(shard_id, []).append(task_id)
-            self.held.pop(task_id, None)
+            self._forget(task_id)
             self.outbox.cancelled.pop(task_id, None)
         self.outbox.tasks.clear()
         for shard_id, task_ids in unsent.items():
@@ -154,10 +159,17 @@ class Session:
     def reserve(self, shard: Shard, tasks: list[Leased]) -> None:
         """Send tasks that were taken for it once their leases are durable."""
         self._reserved += len(tasks)
+        for task in tasks:
+            if (size := _bytes_of(task)) > LARGE_BYTES:
+                self._large[task_id_of(task)] = size
+                self._large_bytes += size
 
         def settle(is_durable: bool) -> None:
             self._reserved -= len(tasks)
             sent = self._send(shard, tasks) if is_durable else 0
+            if not is_durable:
+                for task in tasks:
+                    self._forget(task_id_of(task))
             if sent < len(tasks):
                 self._has_room(self)
 
@@ -173,10 +185,15 @@ class Session:
         with suppress(ShardClosed):
             for task_id in shard.hold(self, by_id, session=self.id):
                 del by_id[task_id]  # Its lease ran out before it was durable.
+                self._forget(task_id)
         self.held.update(dict.fromkeys(by_id, shard.shard_id))
         self.outbox.tasks.update((task_id, (shard.shard_id, task)) for task_id, task in by_id.items())
         self.filled.set()
         return len(by_id)
+
+    def _forget(self, task_id: str) -> None:
+        self.held.pop(task_id, None)
+        self._large_bytes -= self._large.pop(task_id, 0)
 
     def adopt(self, held: Mapping[str, str]) -> None:
         """Go on with what the worker says it has, each task with the id of its shard."""
@@ -232,7 +249,7 @@ class Session:
         for task_id, answer in answers:
             self._reported.discard(task_id)
             if not isinstance(answer, ShardClosed):  # Then the worker reports again.
-                self.held.pop(task_id, None)
+                self._forget(task_id)
             self.outbox.acknowledged.append((task_id, answer))
         if len(self.outbox.acknowledged) >= UNREAD_MAX:
             self.drained.clear()
@@ -249,7 +266,7 @@ class Session:
     def was_lost(self, task_id: str) -> None:
         if task_id not in self.held or task_id in self._reported:
             return
-        del self.held[task_id]
+        self._forget(task_id)
         self.outbox.cancelled.pop(task_id, None)
         if self.outbox.tasks.pop(task_id, None) is None:  # Otherwise it never heard of it.
             self.outbox.lost.append(task_id)

@@ -49,8 +49,10 @@ class SiloExtServicer:
         done = await asyncio.gather(*(_enqueued(shard, jobs) for shard, jobs in groups.items()))
         for group in done:
             answers |= group
-        results = [_enqueue_result(answers[number]) for number in range(len(request.jobs))]
-        return pb.EnqueueManyResponse(results=results)
+        response = pb.EnqueueManyResponse()
+        for number in range(len(request.jobs)):
+            _add_result(response, answers[number])
+        return response
 
     @answering
     async def Work(self, requests: AsyncIterator[pb.WorkRequest], context: Any) -> None:
@@ -75,7 +77,8 @@ async def _enqueued(shard: Shard, jobs: dict[int, NewJob]) -> dict[int, str | Si
     return dict(zip(jobs, answers, strict=True))
 
 
-def _enqueue_result(answer: str | SiloError) -> pb.EnqueueResult:
+def _add_result(response: pb.EnqueueManyResponse, answer: str | SiloError) -> None:
     if isinstance(answer, SiloError):
-        return pb.EnqueueResult(error=status_of(answer))
-    return pb.EnqueueResult(id=answer)
+        response.results.add(error=status_of(answer))
+    else:
+        response.results.add(id=answer)

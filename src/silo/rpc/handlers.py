@@ -188,7 +188,7 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
             if isinstance(task, FloatingState):
                 response.refresh_tasks.append(convert.refresh_task_to_pb(task, shard=name))
             else:
-                response.tasks.append(convert.task_to_pb(task, shard=name))
+                convert.task_to_pb(task, shard=name, make=response.tasks.add)
         return response
 
     @answering

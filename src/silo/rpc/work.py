@@ -139,11 +139,12 @@ class WorkStream:
 def _message(outbox: Outbox) -> pb.WorkResponse:
     response = pb.WorkResponse()
     for task_id, refusal in outbox.acknowledged:
-        error = None if refusal is None else status_of(refusal)
-        response.acknowledgements.append(pb.Acknowledgement(task_id=task_id, error=error))
+        acknowledgement = response.acknowledgements.add(task_id=task_id)
+        if refusal is not None:
+            acknowledgement.error.CopyFrom(status_of(refusal))
     for task_id, cancelled_at_ms in outbox.cancelled.items():
-        response.cancellations.append(pb.Cancellation(task_id=task_id, cancelled_at_ms=cancelled_at_ms))
+        response.cancellations.add(task_id=task_id, cancelled_at_ms=cancelled_at_ms)
     for task_id in outbox.lost:
-        response.lost_leases.append(pb.LostLease(task_id=task_id))
+        response.lost_leases.add(task_id=task_id)
     convert_ext.add_tasks(response, outbox.tasks.values())
     return response

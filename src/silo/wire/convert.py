@@ -1,6 +1,6 @@
 """Between protobuf messages and model values."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import assert_never
 
 from silo.errors import InvalidRequest, StateForbids
@@ -262,24 +262,29 @@ def import_result_to_pb(job_id: str, answer: JobStatus | str) -> pb.ImportJobRes
     return pb.ImportJobResult(id=job_id, success=True, status=pb.JobStatus.Name(answer))
 
 
-def task_to_pb(leased: LeasedTask, *, shard: str) -> pb.Task:
+def task_to_pb(leased: LeasedTask, *, shard: str, make: Callable[..., pb.Task] = pb.Task) -> pb.Task:
+    """The task. `make` may be the `add` of a repeated field: then it is made where it goes."""
     job, state = leased.job, leased.state
     assert state.lease is not None, "a task is handed out under a lease"
-    return pb.Task(
+    message = make(
         id=state.lease.task_id,
         job_id=job.id,
-        tenant_id=None if job.tenant == DEFAULT_TENANT else job.tenant,
         attempt_number=state.next_attempt_number,
         relative_attempt_number=state.relative_attempt_number,
         is_last_attempt=state.is_last_attempt,
-        metadata=dict(job.metadata),
-        limits=[limit_to_pb(limit) for limit in state.limits],
-        payload=pb.SerializedBytes(msgpack=job.payload),
         priority=state.priority,
         shard=shard,
         task_group=state.task_group,
         lease_ms=LEASE_MS,
     )
+    message.payload.msgpack = job.payload
+    if job.tenant != DEFAULT_TENANT:
+        message.tenant_id = job.tenant
+    if job.metadata:
+        message.metadata.update(job.metadata)
+    for limit in state.limits:
+        message.limits.append(limit_to_pb(limit))
+    return message
 
 
 def refresh_task_to_pb(leased: FloatingState, *, shard: str) -> pb.RefreshFloatingLimitTask:

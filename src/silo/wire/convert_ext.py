@@ -44,4 +44,4 @@ def add_tasks(response: pb.WorkResponse, tasks: Iterable[tuple[str, Leased]]) ->
         if isinstance(task, FloatingState):
             response.refresh_tasks.append(convert.refresh_task_to_pb(task, shard=shard))
         else:
-            response.tasks.append(convert.task_to_pb(task, shard=shard))
+            convert.task_to_pb(task, shard=shard, make=response.tasks.add)

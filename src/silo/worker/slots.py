@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from silo.worker.held import HeldTask
 
 _AHEAD_S = 0.05  # Tasks that would begin within this time may be here already.
-AHEAD_MAX = 512
+AHEAD_MAX = 1024
 _SMOOTHING = 0.1  # How much one more duration counts.
 
 

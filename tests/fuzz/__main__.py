@@ -6,6 +6,7 @@ found is printed with the request that did it.
 
 import argparse
 import asyncio
+import contextlib
 import sys
 import tempfile
 import time
@@ -16,18 +17,23 @@ from typing import Any  # grpc is untyped.
 
 import grpc
 import uvloop
+from google.protobuf.message_factory import GetMessageClass
 
 from silo.cli.bench.measure import resident_mb
 from silo.cli.server_process import ServerProcess
 from silo.storage.slate import SlateStorage
 from silo.storage.store import scan_all
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
-from tests.fuzz.requests import SERVICE, Known, Maker
+from tests.fuzz.requests import METHODS, Known, Maker
 from tests.invariants import check_snapshot
 
 CALLERS = 8
 CALL_TIMEOUT_S = 10.0
-_SLOW_TIMEOUT_S = 40.0  # A compaction waits for others; a profile takes as long as it is told to.
+# A compaction waits for others; a profile takes as long as it is told to; a watch may wait for ever.
+_TIMEOUTS_S = {
+    **dict.fromkeys(("CompactShard", "FlushShard", "CpuProfile", "HeapProfile"), 40.0),
+    "WatchJob": 0.2,
+}
 GROWTH_MB_MAX = 400.0  # Of the server, between its warm-up and the end.
 _RARE = {
     "CpuProfile": 0.002,
@@ -36,8 +42,6 @@ _RARE = {
     "FlushShard": 0.02,
     "ResetShards": 0.0,
 }
-_NOT_YET = {grpc.StatusCode.UNIMPLEMENTED}
-_SLOW = {"CompactShard", "FlushShard", "CpuProfile", "HeapProfile"}
 _BAD = {
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.INTERNAL,
@@ -46,7 +50,12 @@ _BAD = {
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.DATA_LOSS,
 }
-_EXPECTED_TEXTS = ("codec error: task is not a RefreshFloatingLimit", "compaction failed", "RST_STREAM")
+_EXPECTED_TEXTS = (
+    "codec error: task is not a RefreshFloatingLimit",
+    "compaction failed",
+    "RST_STREAM",
+    "Internal error from Core",  # What this side says when it writes to a stream that has just ended.
+)
 
 
 class Found(Exception):
@@ -70,31 +79,71 @@ class Fuzzer:
 
     async def _call_on(self, rng: Random, until: float) -> None:
         maker = Maker(rng, self._known)
-        methods = [method.name for method in SERVICE.methods]
         while time.monotonic() < until:
-            name = rng.choice(methods)
-            if rng.random() < _RARE.get(name, 1.0):
+            name = rng.choice(list(METHODS))
+            if rng.random() >= _RARE.get(name, 1.0):
+                continue
+            self.calls[name] += 1
+            if METHODS[name].client_streaming:
+                await self._stream(name, maker.requests(name), rng)
+            else:
                 await self._call(name, maker.request(name))
 
     async def _call(self, name: str, request: bytes) -> None:
-        method = SERVICE.methods_by_name[name]
-        timeout_s = _SLOW_TIMEOUT_S if name in _SLOW else CALL_TIMEOUT_S
+        method = METHODS[name]
         open_call = self._channel.unary_stream if method.server_streaming else self._channel.unary_unary
-        call = open_call(f"/{SERVICE.full_name}/{name}")(request, timeout=timeout_s)
-        self.calls[name] += 1
+        call = open_call(_path(method))(request, timeout=_TIMEOUTS_S.get(name, CALL_TIMEOUT_S))
         try:
             answer = await call.read() if method.server_streaming else await call
         except grpc.aio.AioRpcError as error:
-            self.codes[error.code().name] += 1
-            text = error.details() or ""
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and name.endswith("Profile"):
-                return
-            if error.code() in _BAD and not any(known in text for known in _EXPECTED_TEXTS):
-                shown = request[:2_000].hex()
-                raise Found(f"{name} was answered with {error.code().name}: {text}\n{shown}") from error
+            self._judge(name, error, [request])
             return
+        self._learn(method, answer)
+
+    async def _stream(self, name: str, requests: list[bytes], rng: Random) -> None:
+        """Say some, hear some, and end in one way or another."""
+        method = METHODS[name]
+        call = self._channel.stream_stream(_path(method))(timeout=CALL_TIMEOUT_S)
+        try:
+            for request in requests:
+                await call.write(request)
+            if rng.random() < 0.5 and name == "Work":  # Watches end when their jobs do.
+                await call.done_writing()
+                await self._hear_all(method, call)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(rng.choice([0.0, 0.05, 0.5])):
+                        await self._hear_all(method, call)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass  # The status says why.
+        finally:
+            call.cancel()
+        code = await call.code()
+        if code is not grpc.StatusCode.CANCELLED:
+            details = await call.details()
+            error = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=details)
+            self._judge(name, error, requests)
+
+    async def _hear_all(self, method: Any, call: Any) -> None:
+        while (answer := await call.read()) is not grpc.aio.EOF:
+            self._learn(method, answer)
+
+    def _judge(self, name: str, error: grpc.aio.AioRpcError, requests: list[bytes]) -> None:
+        code, text = error.code(), error.details() or ""
+        self.codes[code.name] += 1
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED and (name == "WatchJob" or name.endswith("Profile")):
+            return
+        if code in _BAD and not any(known in text for known in _EXPECTED_TEXTS):
+            shown = "\n".join(request[:2_000].hex() for request in requests)
+            raise Found(f"{name} was answered with {code.name}: {text}\n{shown}") from error
+
+    def _learn(self, method: Any, answer: bytes) -> None:
         self.codes["OK"] += 1
-        self._known.learn(getattr(pb, method.output_type.name).FromString(bytes(answer)))
+        self._known.learn(GetMessageClass(method.output_type).FromString(bytes(answer)))
+
+
+def _path(method: Any) -> str:
+    return f"/{method.containing_service.full_name}/{method.name}"
 
 
 async def fuzz(minutes: float, seed: int) -> None:
@@ -150,7 +199,7 @@ async def _attack(server: ServerProcess, minutes: float, seed: int) -> None:
 
 
 async def _ask(channel: Any, name: str, request: Any) -> bytes:
-    call = channel.unary_unary(f"/{SERVICE.full_name}/{name}")
+    call = channel.unary_unary(_path(METHODS[name]))
     return bytes(await call(request.SerializeToString(), timeout=CALL_TIMEOUT_S))
 
 

@@ -3,11 +3,17 @@
 from random import Random
 from typing import Any  # Descriptors and messages of protobuf are untyped.
 
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
+from google.protobuf.message_factory import GetMessageClass
 
+from silo.wire.pb.silo.ext.v1 import ext_pb2 as ext
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
 
-SERVICE = pb.DESCRIPTOR.services_by_name["Silo"]
+METHODS: dict[str, MethodDescriptor] = {
+    method.name: method
+    for service in (pb.DESCRIPTOR.services_by_name["Silo"], ext.DESCRIPTOR.services_by_name["SiloExt"])
+    for method in service.methods
+}
 _WEIRD = (
     "", " ", "-", "\0", "a\0b", "\x7f", "é", "日本", "\U0001f600", "a" * 63, "a" * 64, "é" * 65, "x" * 5_000,
     "../../etc", "floating_refresh:k", "%s%n", "0", "None", "k", "k2", "u",
@@ -25,10 +31,11 @@ class Known:
         self.job_ids = [f"j{number}" for number in range(40)]
         self.groups = ["g1", "g2"]
         self.workers = ["w1", "w2"]
+        self.sessions = ["s1", "s2", "s3"]
         self.task_ids: list[str] = ["none"]
 
     def learn(self, answer: Any) -> None:
-        if isinstance(answer, pb.LeaseTasksResponse):
+        if isinstance(answer, pb.LeaseTasksResponse | ext.WorkResponse):
             self.task_ids += [task.id for task in (*answer.tasks, *answer.refresh_tasks)]
             del self.task_ids[:-50]
 
@@ -45,12 +52,30 @@ class Maker:
         rng = self._rng
         if rng.random() < 0.03:
             return rng.randbytes(rng.choice([0, 1, 7, 300, 5_000]))
-        descriptor = SERVICE.methods_by_name[method].input_type
-        message = getattr(pb, descriptor.name)()
-        self._fill(message, descriptor, depth=0)
-        self._repair(message)
+        message = self._message(method)
         data = bytes(message.SerializeToString())
         return self._damaged(data) if rng.random() < 0.15 else data
+
+    def requests(self, method: str) -> list[bytes]:
+        """The requests of a stream. A stream of tasks mostly begins as it should."""
+        rng = self._rng
+        if method != "Work" or rng.random() < 0.1:
+            return [self.request(method) for _ in range(rng.randrange(1, 6))]
+        messages = [self._message(method) for _ in range(rng.randrange(1, 6))]
+        for number, message in enumerate(messages):
+            if number or rng.random() < 0.05:
+                message.ClearField("hello")
+            elif not message.HasField("hello"):
+                message.hello.SetInParent()
+                self._repair(message)
+        return [bytes(message.SerializeToString()) for message in messages]
+
+    def _message(self, method: str) -> Any:
+        descriptor = METHODS[method].input_type
+        message = GetMessageClass(descriptor)()
+        self._fill(message, descriptor, depth=0)
+        self._repair(message)
+        return message
 
     def _fill(self, message: Any, descriptor: Descriptor, *, depth: int) -> None:
         for field in descriptor.fields:
@@ -137,9 +162,29 @@ class Maker:
             message.max_tasks = rng.choice([0, 1, 5, 2**32 - 1])
         if isinstance(message, pb.CpuProfileRequest | pb.HeapProfileRequest):
             message.duration_seconds = 1
-        if isinstance(message, pb.ImportJobsRequest):
+        if isinstance(message, ext.WorkRequest):
+            self._repair_work(message)
+        if isinstance(message, pb.ImportJobsRequest | ext.EnqueueManyRequest):
             for job in message.jobs:
                 self._repair(job)
+        if isinstance(message, ext.WatchJobsRequest):
+            for watch in message.watch:
+                self._repair(watch)
+
+    def _repair_work(self, message: Any) -> None:
+        rng, known = self._rng, self._known
+        if rng.random() < 0.8:
+            message.window = rng.choice([0, 1, 5, 2**32 - 1])
+        for report in message.reports:
+            self._repair(report)
+        if message.HasField("hello"):
+            self._repair(message.hello)
+            if rng.random() < 0.9:
+                message.hello.session = rng.choice(known.sessions)
+                del message.hello.task_groups[:]
+                message.hello.task_groups.extend(rng.sample(known.groups, rng.randrange(1, 3)))
+            for held in message.hello.held:
+                self._repair(held)
 
     def _damaged(self, data: bytes) -> bytes:
         """The same bytes with a few accidents."""

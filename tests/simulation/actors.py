@@ -1,6 +1,7 @@
 """Clients that ask for things, workers that run jobs, and whoever makes trouble."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any  # Messages of grpc are untyped.
@@ -9,9 +10,10 @@ import grpc
 import msgspec
 
 from silo.model.job import DEFAULT_TENANT
+from silo.wire.pb.silo.ext.v1 import ext_pb2 as ext
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
 from tests.simulation.loop import Process, start
-from tests.simulation.network import Failed
+from tests.simulation.network import Failed, WorkStream
 from tests.simulation.world import BUSY, UNKNOWN, World
 
 HEARTBEAT_S = 5.0
@@ -211,6 +213,8 @@ class Habits(msgspec.Struct, frozen=True, kw_only=True):
     run_ms: tuple[float, float] = (5, 800)
     long: float = 0.02  # Runs far longer than a lease.
     slots: int = 4
+    streams: float = 0.0  # Of all workers.
+    back: float = 0.05  # Tasks that workers with streams give back, at once or for later.
     refresh_fail: float = 0.2
     refresh_values: Sequence[int] = (0, 1, 2, 3)
 
@@ -225,10 +229,12 @@ class Workers:
         self.processes: list[Process] = []
 
     def employ(self, name: str, habits: Callable[[], Habits], groups: Sequence[str] = GROUPS) -> Process:
-        """A worker process more."""
+        """A worker process more; some of them have streams, the others poll."""
         process = Process(name)
         self.processes.append(process)
-        start(process, Worker(self, name, habits, groups).run(), name="main")
+        has_stream = self.world.rng(f"{name} kind").random() < habits().streams
+        kind = StreamWorker if has_stream else Worker
+        start(process, kind(self, name, habits, groups).run(), name="main")
         return process
 
 
@@ -373,6 +379,112 @@ class Worker:
                 self._world.require(is_first, f"two reports of {request.task_id} were accepted")  # 25
                 self._all.accepted[request.task_id] = outcome
             return
+
+
+class StreamWorker(Worker):
+    """Is sent tasks over a stream, and comes back to them when it breaks."""
+
+    def __init__(
+        self, workers: Workers, name: str, habits: Callable[[], Habits], groups: Sequence[str]
+    ) -> None:
+        super().__init__(workers, name, habits, groups)
+        self._held: dict[str, str] = {}  # Task ids with their shards, until their reports are answered.
+        self._unanswered: dict[str, ext.Report] = {}
+        self._stream: WorkStream | None = None
+
+    async def run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    with contextlib.suppress(Failed):
+                        await self._follow(await self._world.network.work(self.name), tasks)
+                    self._world.note(self.name, "has no stream")
+                    self._stream = None
+                    await asyncio.sleep(self._rng.uniform(0.05, 0.5))
+        except* AssertionError as broken:
+            self._world.problems.extend(broken.exceptions)
+
+    async def _follow(self, stream: WorkStream, tasks: asyncio.TaskGroup) -> None:
+        slots = self._habits().slots
+        hello = ext.Hello(
+            worker_id=self.name,
+            session=f"session of {self.name}",
+            task_groups=self._groups,
+            slots=slots,
+            held=[ext.HeldTask(task_id=task_id, shard=shard) for task_id, shard in self._held.items()],
+        )
+        stream.write(ext.WorkRequest(hello=hello, window=slots + 2, reports=self._unanswered.values()))
+        self._stream = stream
+        while True:
+            response = await stream.read()
+            self._check_queues(response.tasks)
+            for task in response.tasks:
+                self._check_new(task)
+                self._held[task.id] = task.shard
+                tasks.create_task(self._work(task))
+            for refresh in response.refresh_tasks:
+                self._held[refresh.id] = refresh.shard
+                tasks.create_task(self._refresh(refresh))
+            for answer in response.acknowledgements:
+                self._answered(answer)
+            for lost in response.lost_leases:
+                self._world.note(self.name, f"has lost {lost.task_id}")
+                self._held.pop(lost.task_id, None)
+
+    async def _work(self, task: Any) -> None:
+        habits, chance = self._habits(), self._rng.random
+        run_s = self._rng.uniform(*habits.run_ms) / 1000
+        await asyncio.sleep(run_s + 25 if chance() < habits.long else run_s)
+        report = self._report_on(task)
+        fate = chance()
+        if fate < habits.fail:
+            report.failure.code = "BROKEN"
+        elif fate < habits.fail + habits.cancelled:
+            report.cancelled.SetInParent()
+        elif fate > 1 - habits.back:
+            if chance() < 0.5:
+                report.handed_back.SetInParent()
+            else:
+                report.postponed.delay_ms = 300
+        else:
+            report.success.msgpack = b"\xa4done"
+        self._send(report)
+
+    async def _refresh(self, task: Any) -> None:
+        habits = self._habits()
+        await asyncio.sleep(self._rng.uniform(*habits.run_ms) / 1000)
+        report = self._report_on(task)
+        if self._rng.random() < habits.refresh_fail:
+            report.refresh_failure.code = "NO_IDEA"
+        else:
+            report.refresh_success.new_max_concurrency = self._rng.choice(list(habits.refresh_values))
+        self._send(report)
+
+    def _report_on(self, task: Any) -> ext.Report:
+        return ext.Report(task_id=task.id, shard=task.shard, tenant_id=task.tenant_id or None)
+
+    def _send(self, report: ext.Report) -> None:
+        if report.task_id not in self._held:
+            return  # It was lost meanwhile.
+        self._unanswered[report.task_id] = report
+        if self._stream is not None:
+            self._stream.write(ext.WorkRequest(reports=[report]))
+
+    def _answered(self, answer: ext.Acknowledgement) -> None:
+        report = self._unanswered[answer.task_id]
+        if answer.HasField("error") and answer.error.code in _AGAIN:
+            self._send(report)
+            return
+        del self._unanswered[answer.task_id]
+        self._held.pop(answer.task_id, None)
+        outcome = report.WhichOneof("outcome")
+        if not answer.HasField("error") and outcome in ("success", "failure", "cancelled"):
+            is_first = answer.task_id not in self._all.accepted
+            self._world.require(is_first, f"two reports of {answer.task_id} were accepted")  # 25
+            self._all.accepted[answer.task_id] = outcome
+
+
+_AGAIN = {code.value[0] for code in (*UNKNOWN, BUSY)}
 
 
 class Trouble(msgspec.Struct, frozen=True, kw_only=True):

@@ -53,6 +53,15 @@ def start(process: Process, work: Coroutine[Any, Any, T], *, name: str) -> "asyn
     return asyncio.get_running_loop().create_task(work, name=f"{process.name}: {name}", context=context)
 
 
+def outside(work: Coroutine[Any, Any, T], *, name: str) -> "asyncio.Task[T]":
+    """Run `work` as part of no process: none that dies takes it along."""
+    return asyncio.get_running_loop().create_task(work, name=name, context=contextvars.Context())
+
+
+def current_process() -> Process | None:
+    return _PROCESS.get()
+
+
 class Stuck(AssertionError):
     """Nothing is ready and nothing is scheduled: whoever waits, waits for ever."""
 

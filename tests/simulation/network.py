@@ -4,15 +4,21 @@ Requests and answers travel as the bytes of their protobuf messages, and the rea
 """
 
 import asyncio
+from collections.abc import AsyncIterator
 from random import Random
 from typing import Any  # Messages and contexts of grpc are untyped.
 
 import grpc
 import msgspec
 
+from silo.rpc.ext_handlers import SiloExtServicer
 from silo.rpc.handlers import SiloServicer
+from silo.wire.pb.silo.ext.v1 import ext_pb2 as ext
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
-from tests.simulation.loop import Process, start
+from tests.simulation.loop import Process, current_process, outside, start
+
+_PING_S = 9.5  # A connection that is silent for so long is given up, at both ends.
+_RESEND_S = 0.2
 
 
 class Weather(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +60,7 @@ class Server:
     def __init__(self, process: Process) -> None:
         self.process = process
         self.servicer: SiloServicer | None = None
+        self.extension: SiloExtServicer | None = None
         self.died = asyncio.get_running_loop().create_future()
 
     async def answer(self, method: str, request: bytes, metadata: tuple[tuple[str, str], ...]) -> bytes:
@@ -93,6 +100,26 @@ class Network:
         except TimeoutError:
             raise Failed(grpc.StatusCode.DEADLINE_EXCEEDED, "deadline exceeded") from None
         return getattr(pb, f"{method}Response").FromString(data)
+
+    async def work(self, caller: str) -> "WorkStream":
+        """A stream of tasks.
+
+        Raises:
+            Failed: there is no server.
+        """
+        await asyncio.sleep(self._latency_s())
+        server = self.server
+        if server is None or server.process.is_dead or server.extension is None or caller in self.cut_off:
+            raise Failed(grpc.StatusCode.UNAVAILABLE, "connection refused")
+        return WorkStream(self, caller, server, server.extension)
+
+    async def delay(self, caller: str) -> None:
+        """How long a message of a connection takes: nothing is lost, but late."""
+        await asyncio.sleep(self._latency_s())
+        if self._rng.random() < self.weather.loss:
+            await asyncio.sleep(_RESEND_S)
+        while caller in self.cut_off:  # noqa: ASYNC110  # There is no event for it, and time costs nothing.
+            await asyncio.sleep(_RESEND_S)
 
     async def _exchange(
         self, caller: str, method: str, request: bytes, metadata: tuple[tuple[str, str], ...]
@@ -136,3 +163,85 @@ async def _ignored(work: Any) -> None:
         await work
     except Failed:
         return
+
+
+class WorkStream:
+    """A stream of tasks as its worker sees it."""
+
+    def __init__(self, network: Network, caller: str, server: Server, extension: SiloExtServicer) -> None:
+        self._network = network
+        self._caller = caller
+        self._server = server
+        self._client = current_process()
+        self._sent_up: asyncio.Queue[bytes] = asyncio.Queue()
+        self._up: asyncio.Queue[bytes] = asyncio.Queue()
+        self._sent_down: asyncio.Queue[bytes | Failed] = asyncio.Queue()
+        self._down: asyncio.Queue[bytes | Failed] = asyncio.Queue()
+        self._handler = start(server.process, self._serve(extension), name="Work")
+        self._tasks = [
+            outside(self._carry(self._sent_up, self._up), name="up"),
+            outside(self._carry(self._sent_down, self._down), name="down"),
+            outside(self._watch(), name="pings"),
+        ]
+
+    def write(self, request: ext.WorkRequest) -> None:
+        self._sent_up.put_nowait(request.SerializeToString())
+
+    async def read(self) -> ext.WorkResponse:
+        """The next message.
+
+        Raises:
+            Failed: the stream has ended.
+        """
+        found = await self._down.get()
+        if isinstance(found, Failed):
+            self._down.put_nowait(found)
+            raise found
+        return ext.WorkResponse.FromString(found)
+
+    async def _serve(self, extension: SiloExtServicer) -> None:
+        try:
+            await extension.Work(self._requests(), _StreamContext(self._sent_down))
+        except Failed as refusal:
+            self._sent_down.put_nowait(refusal)
+        else:
+            self._sent_down.put_nowait(Failed(grpc.StatusCode.OK, "the stream has ended"))
+
+    async def _requests(self) -> AsyncIterator[ext.WorkRequest]:
+        while True:
+            yield ext.WorkRequest.FromString(await self._up.get())
+
+    async def _carry(self, sent: "asyncio.Queue[Any]", received: "asyncio.Queue[Any]") -> None:
+        while True:
+            message = await sent.get()
+            await self._network.delay(self._caller)
+            received.put_nowait(message)
+
+    async def _watch(self) -> None:
+        """Break the connection when one of its ends is gone, or too long silent."""
+        silent_s = 0.0
+        while not self._handler.done() and silent_s < _PING_S:
+            await asyncio.sleep(0.1)
+            silent_s = silent_s + 0.1 if self._caller in self._network.cut_off else 0.0
+            if self._server.process.is_dead or (self._client is not None and self._client.is_dead):
+                break
+        if self._handler.done():
+            await asyncio.sleep(1.0)  # Its last words are on their way.
+        self._handler.cancel()
+        self._down.put_nowait(Failed(grpc.StatusCode.UNAVAILABLE, "connection lost"))
+        for task in self._tasks:
+            task.cancel()
+
+
+class _StreamContext(_Context):
+    """What the handler of a stream sees of its call."""
+
+    def __init__(self, sent: "asyncio.Queue[bytes | Failed]") -> None:
+        super().__init__(())
+        self._sent = sent
+
+    async def send_initial_metadata(self, metadata: object) -> None:
+        pass
+
+    async def write(self, response: ext.WorkResponse) -> None:
+        self._sent.put_nowait(response.SerializeToString())

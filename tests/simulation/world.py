@@ -19,6 +19,7 @@ from silo.model.limit import RateLimit
 from silo.model.shards import ShardInfo, hash_tenant, initial_ranges
 from silo.node.hosting import host_shards
 from silo.node.layout import LAYOUT_VERSION, Layout
+from silo.rpc.ext_handlers import SiloExtServicer
 from silo.rpc.handlers import SiloServicer
 from silo.shard.limiter import RateLimiter
 from silo.shard.shard import ShardOptions
@@ -125,6 +126,7 @@ class World:
                 limiter=self._limiter,
             ) as node:
                 server.servicer = SiloServicer(node)
+                server.extension = SiloExtServicer(node)
                 await asyncio.get_running_loop().create_future()
         except Exception as error:
             self.problems.append(error)

@@ -115,6 +115,12 @@ async def test_the_clock_stands_still_until_it_is_moved() -> None:
         assert s.now() == START + timedelta(hours=1.5)
 
 
+async def test_a_poll_of_an_empty_group_ends_although_the_clock_stands_still() -> None:
+    async with silo.testing.server() as s:
+        polling = s.client.lease_tasks(worker_id="w", max_tasks=1, task_group="empty", wait_ms=30)
+        assert not (await polling).tasks
+
+
 async def test_it_begins_now_unless_told_when() -> None:
     async with silo.testing.server() as s:
         assert abs(s.now() - datetime.now(UTC)) < timedelta(minutes=1)

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from silo import Failure, SiloGRPCClient, SiloWorker, TaskLeaseLostError
+from silo import App, Failure, SiloGRPCClient, SiloWorker, TaskLeaseLostError
 from silo.errors import LeaseNotFound
 from silo.node.session import Session
 from silo.wire.pb.silo.v1 import silo_pb2 as pb
@@ -185,6 +185,20 @@ async def test_pushed_tasks_count_without_any_poll(meter: Meter) -> None:
         assert meter.counted("polls") == {}
 
 
+async def test_a_worker_of_an_app_counts_with_the_meter_that_it_is_given(meter: Meter) -> None:
+    app = App()
+
+    @app.task(task_group=GROUP)
+    async def work() -> None:
+        pass
+
+    async with real_silo() as address, SiloGRPCClient(address) as client:
+        app.configure(client=client)
+        async with app.worker(meter=meter.meter):
+            await (await work.enqueue()).result(20)
+            assert meter.counted("polls.tasks_returned") == {GROUP: 1}
+
+
 async def test_the_free_slots_are_those_of_the_moment(meter: Meter) -> None:
     handler = Handler(holds=True)
     async with a_fake(handler, meter=meter.meter) as (server, _):
@@ -255,17 +269,18 @@ async def test_a_span_names_the_tenant_if_there_is_one(spans: Spans) -> None:
     assert span.attributes["silo.tenant"] == "shop"
 
 
-async def test_what_the_handler_calls_and_the_report_carry_the_span_and_polls_do_not(spans: Spans) -> None:
+async def test_what_belongs_to_a_task_carries_its_span_and_polls_do_not(spans: Spans) -> None:
     async with fake_silo() as server, a_client(server) as client:
 
         async def handler(ctx: Context) -> None:
             await client.get_job("another")
+            await until(lambda: bool(server.metadata("Heartbeat")))
 
-        async with a_worker(client, handler):
+        async with a_worker(client, handler, heartbeat_interval_ms=10):
             server.deliver(a_task("t"))
             span = await spans.when_ended("t")
-        assert parent_of(server.metadata("GetJob")[0]) == ids_of(span)
-        assert parent_of(server.metadata("ReportOutcome")[0]) == ids_of(span)
+        for method in ("GetJob", "Heartbeat", "ReportOutcome"):
+            assert parent_of(server.metadata(method)[0]) == ids_of(span)
         assert not [headers for headers in server.metadata("LeaseTasks") if "traceparent" in headers]
 
 

@@ -158,13 +158,9 @@ async def test_a_waiting_poll_gets_delayed_work_when_it_is_due() -> None:
         assert task.job.id == "j1"
 
 
-async def test_a_waiting_poll_ends_empty_at_its_deadline() -> None:
-    clock = VirtualClock()
-    async with open_shard(clock=clock) as shard:
-        poll = asyncio.ensure_future(lease(shard, wait_ms=300))
-        await asyncio.sleep(0.01)
-        clock.advance_ms(300)
-        assert await poll == []
+async def test_a_waiting_poll_ends_empty_at_its_deadline_though_the_clock_of_the_jobs_stands_still() -> None:
+    async with open_shard(clock=VirtualClock()) as shard:
+        assert await lease(shard, wait_ms=30) == []
 
 
 async def test_a_waiting_poll_is_told_when_the_shard_closes() -> None:

@@ -4,12 +4,13 @@ import logging
 
 import pytest
 
-from silo.errors import LeaseNotFound, LeaseOwnerMismatch
+from silo.errors import JobExists, LeaseNotFound, LeaseOwnerMismatch
 from silo.model.floating import FloatingState, RefreshFailed
 from silo.model.job import DEFAULT_TENANT, LEASE_MS, JobStatus
 from silo.storage import keys
 from tests.builders import DONE, SHARD, a_job, a_policy, a_rate, at_most, floating
 from tests.one_shard import BROKEN, OneShard, one_shard
+from tests.property.machine import tiny_memory
 
 MINUTE_MS = 60_000
 FAILED = RefreshFailed("SECRET_CODE", "a secret message")
@@ -39,6 +40,26 @@ async def in_use(here: OneShard) -> None:
     await a_waiting_job(here)
     await here.refresh(1)
     await here.cancel("waiting")
+
+
+# Memory
+
+
+async def test_the_lease_of_a_refresh_leaves_nothing_to_be_done_about_a_queue_that_may_leave_memory() -> None:
+    with tiny_memory():
+        async with one_shard() as here:
+            await here.enqueue(a_floating_job("waiting", 0))
+            await here.cancel("waiting")  # Its refresh stays, and nobody waits.
+            await here.crash()
+            await here.enqueue(a_job("fixed", limits=[at_most(1)]))  # Brings the queue alone into memory.
+            await here.lease()
+            assert len(here.refreshes) == 1
+            limits = [at_most(1, key) for key in "abc"]
+            with pytest.raises(JobExists):  # Brings these into memory, and is no step that looks at any.
+                await here.enqueue(a_job("fixed", limits=limits))
+            await here.enqueue(a_job("unlimited"))  # With this group the first queue leaves memory.
+            await here.enqueue(a_job("limited", limits=limits))
+            assert sorted(await here.lease() + await here.lease()) == ["limited", "unlimited"]
 
 
 # The state

@@ -42,7 +42,7 @@ class FloatingConcurrencyLimit:
     """A concurrency limit whose maximum the refresh handler of a worker renews.
 
     `default_max_concurrency` holds until its first answer; then it is asked every
-    `refresh_interval_ms`, with `metadata`, while jobs use the limit.
+    `refresh_interval_ms`, with `metadata`, while jobs wait for it.
     """
 
     key: str

@@ -108,9 +108,10 @@ class HostedNode:
         goes away while it waits leaves nothing behind; tasks it had already taken run into
         their leases' ends.
         """
-        deadline_ms = self._clock.now_ms() + wait_ms
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait_ms / 1000  # Callers wait, whatever the clock of the jobs does.
         taken = await self._lease_ready(worker_id, task_group, max_tasks)
-        while not taken and max_tasks > 0 and not self._is_closing and self._clock.now_ms() < deadline_ms:
+        while not taken and max_tasks > 0 and not self._is_closing and loop.time() < deadline:
             woken = asyncio.Event()
             with ExitStack() as watching:
                 # Watch first and look afterwards: work that comes in between is not missed.
@@ -118,7 +119,7 @@ class HostedNode:
                 watching.callback(self._opened.pop, woken.set)
                 for shard in self._open.values():
                     watching.callback(shard.on_work(task_group, woken.set))
-                watching.callback(self._clock.call_at(deadline_ms, woken.set).cancel)
+                watching.callback(loop.call_at(deadline, woken.set).cancel)
                 taken = await self._lease_ready(worker_id, task_group, max_tasks)
                 if not taken:
                     await woken.wait()

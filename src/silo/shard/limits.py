@@ -282,9 +282,8 @@ class Limits:
         self._buckets[name].bucket = None
         self._dirty_buckets.add(name)
 
-    def put_floating(self, after: FloatingState) -> None:
+    def put_floating(self, before: FloatingState | None, after: FloatingState) -> None:
         name = (after.tenant, after.key)
-        before = self._floating.get(name)
         self._floating[name] = after
         has_grown = before is None or after.max_concurrency > before.max_concurrency
         if has_grown and name in self._queues:  # A refresh is leased with nothing of its queue in memory.

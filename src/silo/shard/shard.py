@@ -533,15 +533,16 @@ class Shard:
         leaves them where they were; after that they stay leased.
         """
         room = Room(max_tasks)
-        deadline_ms = self._clock.now_ms() + wait_ms
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait_ms / 1000  # Callers wait, whatever the clock of the jobs does.
         while not room.is_full:
             taken = await self._take_tasks(worker_id, task_group, room)
             if taken:
                 await self._committer.durable()
                 return taken
-            if self._ends_waits or self._clock.now_ms() >= deadline_ms:
+            if self._ends_waits or loop.time() >= deadline:
                 break
-            await self._work_or_deadline(task_group, deadline_ms)
+            await self._work_or_deadline(task_group, deadline)
         return []
 
     async def _take_tasks(self, worker_id: str, task_group: str, room: Room) -> list[Leased]:
@@ -933,10 +934,10 @@ class Shard:
             leased.append(LeasedTask(job, change.after))
         return leased
 
-    async def _work_or_deadline(self, task_group: str, deadline_ms: int) -> None:
+    async def _work_or_deadline(self, task_group: str, deadline: float) -> None:
         woken = asyncio.Event()
         stop = self.on_work(task_group, woken.set)
-        alarm = self._clock.call_at(deadline_ms, woken.set)
+        alarm = asyncio.get_running_loop().call_at(deadline, woken.set)
         try:
             await woken.wait()
         finally:

@@ -192,7 +192,7 @@ class ShardState:
         if after.lease is not None:
             self.leases.put(after, after.lease.expiry_ms)
             self.wake_at(after.lease.expiry_ms)
-        self.limits.put_floating(after)
+        self.limits.put_floating(before, after)
 
     def _leave(self, before: JobState, copies: tuple[bytes, ...], after: JobState | None) -> None:
         match before.pending:

@@ -3,7 +3,14 @@
 import inspect
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import MappingProxyType, TracebackType
-from typing import Any, ParamSpec, Protocol, TypeVar, overload  # Tasks are functions of the application.
+from typing import (
+    TYPE_CHECKING,
+    Any,  # Tasks are functions of the application.
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    overload,
+)
 
 from silo.client.client import SiloGRPCClient
 from silo.client.limits import Limit
@@ -24,6 +31,9 @@ from silo.worker.errors import ErrorContext
 from silo.worker.execution.choice import ExecutionKind
 from silo.worker.middleware import Middleware
 from silo.worker.refresh import RefreshHandler
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import Meter
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -274,6 +284,7 @@ class App:
         recycle_above_mb: int | None = None,
         interrupts: bool = False,
         on_error: Callable[[BaseException, ErrorContext], None] | None = None,
+        meter: "Meter | None" = None,
     ) -> AppWorker:
         """A worker for the tasks that are declared by now. It does nothing until it is started.
 
@@ -288,6 +299,7 @@ class App:
             recycle_above_mb: replace a child process whose memory is larger after a job.
             interrupts: async tasks get a CancelledError when their job is cancelled.
             on_error: called with each error around tasks and its context; logs by default.
+            meter: where it counts if OpenTelemetry is installed; the global meter `silo-worker` if left out.
 
         Raises:
             ValueError: the app has no tasks: the module that declares them was not imported. Or other
@@ -311,6 +323,7 @@ class App:
             recycle_above_mb=recycle_above_mb,
             interrupts=interrupts,
             on_error=on_error,
+            meter=meter,
         )
 
 

@@ -6,7 +6,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
-from typing import Any  # What jobs carry is the application's.
+from typing import TYPE_CHECKING, Any  # What jobs carry is the application's.
 
 from silo.client.client import SiloGRPCClient
 from silo.tasks.connection import Connection
@@ -22,6 +22,9 @@ from silo.worker.execution.threads import ThreadExecution
 from silo.worker.middleware import Middleware
 from silo.worker.refresh import RefreshHandler
 from silo.worker.worker import SiloWorker
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import Meter
 
 _numbers = itertools.count(1)  # Of the workers of this process, whose ids must differ.
 
@@ -52,6 +55,7 @@ class AppWorker:
         recycle_above_mb: int | None,
         interrupts: bool,
         on_error: Callable[[BaseException, ErrorContext], None] | None,
+        meter: "Meter | None",
     ) -> None:
         if max_concurrent_tasks < 1:
             raise ValueError(f"max_concurrent_tasks must be at least 1, not {max_concurrent_tasks}")
@@ -66,6 +70,7 @@ class AppWorker:
         self._recycle_above_mb = recycle_above_mb
         self._interrupts = interrupts
         self._on_error = on_error
+        self._meter = meter
         self._stack: AsyncExitStack | None = None
         self._worker: SiloWorker[Any, dict[str, str], Any] | None = None
         self.task_groups = tuple(groups)
@@ -152,6 +157,7 @@ class AppWorker:
                 refresh_handler=self._refresh_handler,
                 max_concurrent_tasks=self.max_concurrent_tasks,
                 on_error=self._on_error,
+                meter=self._meter,
             )
 
     def _executions(self) -> dict[ExecutionKind, Execution]:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 from silo.client.client import SiloGRPCClient
 from silo.client.errors import SiloDeadlineExceededError
@@ -17,6 +18,7 @@ class Heartbeats:
 
     Args:
         held: the tasks held at the moment.
+        within: a block that belongs to the span of a task.
     """
 
     def __init__(
@@ -26,11 +28,13 @@ class Heartbeats:
         worker_id: str,
         interval_ms: int,
         held: Callable[[], Iterable[HeldTask]],
+        within: Callable[[HeldTask], AbstractContextManager[None]],
     ) -> None:
         self._client = client
         self._worker_id = worker_id
         self._interval_s = interval_ms / 1000
         self._held = held
+        self._within = within
         self._beater: asyncio.Task[None] | None = None
         self._beats: set[asyncio.Task[None]] = set()
 
@@ -60,7 +64,8 @@ class Heartbeats:
             for held in list(self._held()):
                 if held.needs_heartbeats and held.beat_at <= now:
                     held.beat_at = now + self._interval_s
-                    beat = loop.create_task(self._beat(held), name=f"heartbeat {held.id}")
+                    with self._within(held):
+                        beat = loop.create_task(self._beat(held), name=f"heartbeat {held.id}")
                     self._beats.add(beat)
                     beat.add_done_callback(self._beats.discard)
 

@@ -52,7 +52,7 @@ class Polling:
         self._stopping = asyncio.Event()
         self._polling: list[asyncio.Task[None]] = []
         self._heartbeats = Heartbeats(
-            client, worker_id=worker_id, interval_ms=heartbeat_interval_ms, held=desk.held
+            client, worker_id=worker_id, interval_ms=heartbeat_interval_ms, held=desk.held, within=desk.within
         )
 
     async def run(self) -> None:

@@ -1,6 +1,7 @@
 """Where a worker's tasks come from, and where its reports go."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from silo.client.errors import SiloClientError
@@ -35,6 +36,9 @@ class Desk(Protocol):
         self, tasks: Sequence[LeasedTask], refresh_tasks: Sequence[RefreshTask]
     ) -> Sequence[HeldTask]:
         """Take tasks over, and say which; those that it has already are dropped."""
+
+    def within(self, held: HeldTask) -> AbstractContextManager[None]:
+        """A block that belongs to the task's span, if it has one."""
 
     def find(self, task_id: str) -> HeldTask | None:
         """The task of this id that it holds."""

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import (
@@ -597,6 +598,9 @@ class _Desk:
         self, tasks: Sequence[LeasedTask], refresh_tasks: Sequence[RefreshTask]
     ) -> Sequence[HeldTask]:
         return self._worker._deliver(tasks, refresh_tasks)
+
+    def within(self, held: HeldTask) -> AbstractContextManager[None]:
+        return within(_span_of(held))
 
     def find(self, task_id: str) -> HeldTask | None:
         return self._worker._held.get(task_id)

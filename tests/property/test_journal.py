@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from unittest import mock
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -86,6 +87,24 @@ class JournalMachine(RuleBasedStateMachine):
             self.store = await self.reopened()
 
         self.loop.run_until_complete(crash())
+
+    @rule(key=keys, value=large, is_applied=st.booleans())
+    def write_much_behind_what_could_not_be_applied(self, key: bytes, value: bytes, is_applied: bool) -> None:
+        """It may not overtake what the journal still has."""
+
+        async def both() -> None:
+            await self.written({key: b"before"})
+            self.storage.faults.plan("write", Fault.FAIL_AFTER if is_applied else Fault.FAIL_BEFORE)
+            applying = asyncio.ensure_future(self.store.flush())
+            await asyncio.sleep(0)
+            with pytest.raises(StoreError):
+                await self.store.write({key: value})
+            with contextlib.suppress(StoreError):
+                await applying
+            self.storage.faults.clear()
+            self.store = await self.reopened()
+
+        self.loop.run_until_complete(both())
 
     @rule()
     def crash(self) -> None:

@@ -71,7 +71,7 @@ AnyReport: TypeAlias = Report | RefreshOutcome
 
 GROUP_ROWS_MAX = 100_000  # Rows in the open group, and bytes of new jobs, before commands are refused.
 GROUP_BYTES_MAX = 256 << 20
-_FEED_TASKS = 128  # Taken by small calls, before the feeder looks; it keeps more than that ahead.
+_FEED_TASKS = 64  # Taken by small calls, before the feeder looks; it keeps more than that ahead.
 _ADMIT_JOBS = 256  # Admitted in one step, before others have their turn.
 _SCAN_ROWS = 4096
 _DROP_ROWS = 256  # Tickets taken away in one step.

@@ -244,6 +244,8 @@ class JournaledStore:
     async def _apply(self) -> None:
         """Write all that waits by now."""
         async with self._turn:
+            if self._failure is not None:
+                raise self._failure  # The journal still has what was not applied: nothing may overtake it.
             self._has_rows.clear()
             self._has_many.clear()
             if not self._new.entries:

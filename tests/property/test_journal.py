@@ -75,6 +75,22 @@ class JournalMachine(RuleBasedStateMachine):
 
         self.loop.run_until_complete(both())
 
+    @rule(batch=batches)
+    def give_up_applying(self, batch: dict[bytes, bytes | None]) -> None:
+        """As a flush does whose caller hangs up. What comes later must not be overtaken by what was left."""
+
+        async def give_up() -> None:
+            self.storage.faults.plan("write", Fault.HANG)
+            applying = asyncio.ensure_future(self.store.flush())
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            applying.cancel()
+            await asyncio.wait({applying})
+            self.storage.faults.clear()
+            await self.written(batch)
+
+        self.loop.run_until_complete(give_up())
+
     @rule(is_applied=st.booleans())
     def crash_while_applying(self, is_applied: bool) -> None:
         fault = Fault.FAIL_AFTER if is_applied else Fault.FAIL_BEFORE
@@ -152,6 +168,37 @@ async def _cancel_others() -> None:
 
 JournalMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 TestJournal = JournalMachine.TestCase
+
+
+async def test_an_applying_that_was_given_up_overtakes_nothing() -> None:
+    storage = MemoryStorage()
+    store = await JournaledStore.open(await storage.open("s"))
+    await store.write({b"job": b"running"})
+    storage.faults.plan("write", Fault.HANG)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await store.flush()
+    storage.faults.clear()
+    await store.write({b"job": b"succeeded"})
+    await store.close()
+    store = await JournaledStore.open(await storage.open("s"))
+    assert await store.get(b"job") == b"succeeded"
+    await store.close()
+
+
+async def test_a_store_that_closes_while_it_applies_loses_the_order_of_nothing() -> None:
+    storage = MemoryStorage()
+    store = await JournaledStore.open(await storage.open("s"))
+    await store.write({b"job": b"running"})
+    storage.faults.plan("write", Fault.HANG)
+    store._has_many.set()  # The applier begins now.
+    await asyncio.sleep(0.01)
+    storage.faults.clear()
+    await store.write({b"job": b"succeeded"})
+    await store.close()
+    store = await JournaledStore.open(await storage.open("s"))
+    assert await store.get(b"job") == b"succeeded"
+    await store.close()
 
 
 async def test_a_row_that_comes_and_goes_never_reaches_the_store() -> None:

@@ -9,6 +9,7 @@ never reach the store.
 Guarantees:
     DURABLE    `write` returns when the entry is durable. After a crash `open` applies what is left.
     ATOMIC     rows and the deletion of their entries are one batch: an entry is applied once or not yet.
+    IN ORDER   what an entry says is applied before what later ones say, and before a later large group.
     VISIBLE    reads and scans see every write that has returned.
     BOUNDED    with `ROWS_MAX` rows waiting, a write waits until they are applied. A large group is not
                journaled: it is written itself, after all that waits.
@@ -246,17 +247,22 @@ class JournaledStore:
         async with self._turn:
             if self._failure is not None:
                 raise self._failure  # The journal still has what was not applied: nothing may overtake it.
+            if self._applying.entries:
+                await self._write_layer()  # Whoever began that was cancelled, and nothing may overtake it.
             self._has_rows.clear()
             self._has_many.clear()
-            if not self._new.entries:
-                return
-            self._applying, self._new = self._new, _Layer()
-            try:
-                await self._store.write_behind(self._applying.all_rows())
-            except StoreError as error:
-                self._failure = error  # The next write meets it: then the shard stops, and is opened again.
-                raise
-            self._applying = _Layer()
+            if self._new.entries:
+                self._applying, self._new = self._new, _Layer()
+                await self._write_layer()
+
+    async def _write_layer(self) -> None:
+        """Write what is being applied. To do that twice is the same as once."""
+        try:
+            await self._store.write_behind(self._applying.all_rows())
+        except StoreError as error:
+            self._failure = error  # The next write meets it: then the shard stops, and is opened again.
+            raise
+        self._applying = _Layer()
 
     async def flush(self) -> None:
         self._check_open()

@@ -213,6 +213,21 @@ async def test_large_tasks_are_sent_ahead_up_to_a_bound_of_bytes(monkeypatch: py
             assert len(worker.held) < 100
 
 
+async def test_a_worker_that_comes_back_with_large_tasks_gets_no_more_of_them_than_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "AHEAD_BYTES_MAX", 300_000)
+    async with one_node() as node:
+        await node.enqueue(*jobs(200, payload=bytes(100_000)))
+        worker = node.join(window=1000, slots=5)
+        await node.settle()
+        held = worker.read().held
+        assert len(held) < 200
+        again = node.join(window=1000, slots=5, held=held)
+        await node.settle()
+        assert got(again) == [0]
+
+
 async def test_large_tasks_fill_all_slots_whatever_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "AHEAD_BYTES_MAX", 1)
     async with one_node() as node:

@@ -160,9 +160,7 @@ class Session:
         """Send tasks that were taken for it once their leases are durable."""
         self._reserved += len(tasks)
         for task in tasks:
-            if (size := _bytes_of(task)) > LARGE_BYTES:
-                self._large[task_id_of(task)] = size
-                self._large_bytes += size
+            self._note_size(task_id_of(task), _bytes_of(task))
 
         def settle(is_durable: bool) -> None:
             self._reserved -= len(tasks)
@@ -191,6 +189,11 @@ class Session:
         self.filled.set()
         return len(by_id)
 
+    def _note_size(self, task_id: str, size: int) -> None:
+        if size > LARGE_BYTES:
+            self._large[task_id] = size
+            self._large_bytes += size
+
     def _forget(self, task_id: str) -> None:
         self.held.pop(task_id, None)
         self._large_bytes -= self._large.pop(task_id, 0)
@@ -198,6 +201,12 @@ class Session:
     def adopt(self, held: Mapping[str, str]) -> None:
         """Go on with what the worker says it has, each task with the id of its shard."""
         self.held.update(held)
+        for shard_id, task_ids in self._held_by_shard().items():
+            with suppress(ShardClosed, ShardNotFound):
+                shard = self._shard(shard_id)
+                for task_id in task_ids:
+                    if (task := shard.leased(task_id)) is not None:
+                        self._note_size(task_id, task.payload_bytes)
         self.renew()
 
     def renew(self) -> None:

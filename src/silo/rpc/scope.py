@@ -39,9 +39,9 @@ def worker_scope(node: Node, access: Access, request: Any) -> Shard:
     tenant = validate.worker_tenant(request.tenant_id, tenancy_enabled=node.tenancy_enabled)
     if tenant is not None:
         validate.tenant_in_range(tenant, shard=shard.shard_id, hash_range=shard.range)
-    task_group = shard.task_group_of(request.task_id)
-    if task_group is not None:  # Otherwise the lease is gone, and that is what the caller will hear.
-        access.check_task(task_group)
+    task = shard.leased(request.task_id)
+    if task is not None:  # Otherwise the lease is gone, and that is what the caller will hear.
+        access.check_task(task.task_group)
     return shard
 
 

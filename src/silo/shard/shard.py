@@ -43,7 +43,7 @@ from silo.model.floating import FloatingState, RefreshFailed, RefreshOutcome, Re
 from silo.model.job import LEASE_MS, ImportedJob, Job, JobState, JobStatus, LeasedTask, NewJob
 from silo.model.shards import HashRange
 from silo.model.storage import StorageInfo
-from silo.model.task import Leased
+from silo.model.task import Leased, Task
 from silo.model.view import JobView
 from silo.shard.asker import Asker
 from silo.shard.committer import Committer, Rows
@@ -739,10 +739,9 @@ class Shard:
         leases.extend(task_id, self._clock.now_ms() + LEASE_MS)
         return state.cancelled_at_ms
 
-    def task_group_of(self, task_id: str) -> str | None:
-        """The task group of a leased task; None when nobody holds it."""
-        state = self._state.leases.get(task_id)
-        return None if state is None else state.task_group
+    def leased(self, task_id: str) -> Task | None:
+        """What is leased under this id; None when nobody holds it."""
+        return self._state.leases.get(task_id)
 
     def on_work(self, task_group: str, callback: Callable[[], None]) -> Callable[[], None]:
         """Call `callback` when a task of the group became ready for whoever waits; returns how to stop it.

@@ -22,10 +22,6 @@ class TenantCounts(msgspec.Struct, frozen=True, array_like=True, gc=False):
     def is_empty(self) -> bool:
         return not any(self.by_status)
 
-    @property
-    def pending(self) -> int:
-        return self.by_status[JobStatus.SCHEDULED]
-
 
 class ShardTotals(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Jobs that exist in the shard, and those of them in a terminal status."""

@@ -2,10 +2,10 @@
 
 from typing import Generic
 
-from silo.shard.committer import Rows
 from silo.shard.floors import Floors
 from silo.shard.window import RowTally, Value, Window
 from silo.storage import keys
+from silo.storage.store import Rows
 
 WINDOW_ROWS = 512
 

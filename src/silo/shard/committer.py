@@ -14,9 +14,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 from silo.errors import ShardClosed, SiloError, StoreError, describe
-from silo.storage.store import Group, Store
-
-Rows = dict[bytes, bytes | None]
+from silo.storage.store import Group, Rows, Store
 
 _ABSENT: Rows = {}
 

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator
 
 from silo.errors import StoreCorrupt
 from silo.storage import codec, keys
+from silo.storage.store import Rows
 from silo.telemetry.logging import Log
 
 log = Log("silo.shard.floors")
-
-Rows = dict[bytes, bytes | None]
 
 
 class Floors:

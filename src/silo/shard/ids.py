@@ -10,8 +10,8 @@ Guarantees:
     ONE WAY    `is_new` says "surely not taken" or "look for it", nothing else.
 """
 
-from silo.shard.committer import Rows
 from silo.storage import codec, keys
+from silo.storage.store import Rows
 
 REMEMBERED = 25_000  # Ids of each of two generations.
 

@@ -9,10 +9,11 @@ from silo.engine import importing
 from silo.errors import SiloError, StoreCorrupt
 from silo.model.attempt import Attempt
 from silo.model.job import ImportedJob, JobState, JobStatus
-from silo.shard.committer import Committer, Rows
+from silo.shard.committer import Committer
 from silo.shard.loader import Loader
 from silo.shard.steps import Steps
 from silo.storage import codec, keys
+from silo.storage.store import Rows
 
 
 class History(msgspec.Struct, frozen=True, gc=False):

@@ -22,12 +22,12 @@ from silo.model.floating import FloatingState
 from silo.model.job import ImportedJob, JobState, NewJob, Rank, Throttled, Waiting
 from silo.model.limit import FLOATING_LINE, Bucket, BucketRecord, FloatingLimit, RateLimit
 from silo.shard.agenda import Agenda
-from silo.shard.committer import Rows
 from silo.shard.floors import Floors
 from silo.shard.turns import Turns
 from silo.shard.window import RowTally, Window
 from silo.storage import codec, keys
 from silo.storage.batch import line_prefix, line_row
+from silo.storage.store import Rows
 
 RECORDS_MAX = 20_000  # Of each kind in memory.
 LINES_MAX = 64  # Of one queue. A job with yet another maximum joins the line of the next smaller one.

@@ -6,11 +6,11 @@ A row that does not decode is passed over with a word in the log: it must not ho
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from silo.errors import StoreCorrupt
-from silo.shard.committer import Committer, Rows
+from silo.shard.committer import Committer
 from silo.shard.floors import Floors
 from silo.shard.window import Value, Window
 from silo.storage import keys
-from silo.storage.store import Row, Store, scan_all
+from silo.storage.store import Row, Rows, Store, scan_all
 from silo.telemetry.logging import Log
 
 log = Log("silo.shard.reader")

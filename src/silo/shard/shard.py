@@ -46,7 +46,7 @@ from silo.model.storage import StorageInfo
 from silo.model.task import Leased, Task
 from silo.model.view import JobView
 from silo.shard.asker import Asker
-from silo.shard.committer import Committer, Rows
+from silo.shard.committer import Committer
 from silo.shard.dispatch import Room, TaskGroupQueue
 from silo.shard.feeder import Feeder
 from silo.shard.floors import Floors
@@ -61,7 +61,7 @@ from silo.shard.steps import Steps
 from silo.shard.timekeeper import Timekeeper
 from silo.shard.views import LeaseHolder, leases_from
 from silo.storage import codec, keys
-from silo.storage.store import Row, Store, scan_all
+from silo.storage.store import Row, Rows, Store, scan_all
 from silo.telemetry.logging import Log
 from silo.uuids import uuid_text
 

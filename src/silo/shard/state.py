@@ -16,7 +16,7 @@ from silo.model.floating import FloatingState, RefreshDue
 from silo.model.job import Asking, Checking, Delayed, Job, JobState, Ready, Throttled
 from silo.model.task import Task
 from silo.shard.agenda import Agenda
-from silo.shard.committer import Committer, Rows
+from silo.shard.committer import Committer
 from silo.shard.dispatch import TaskGroupQueue
 from silo.shard.floors import Floors
 from silo.shard.ids import KnownIds
@@ -27,6 +27,7 @@ from silo.shard.views import Counters, JobCache, Leases
 from silo.shard.window import RowTally
 from silo.storage import keys
 from silo.storage.batch import queue_row, write_change, write_floating
+from silo.storage.store import Rows
 
 _QUEUES_MAX = 10_000  # Task groups in memory, before idle ones are dropped.
 _QUEUES_LOOKED_AT = 16  # For each new one beyond.

@@ -8,8 +8,8 @@ from silo.errors import StoreCorrupt
 from silo.model.counts import ShardTotals, TenantCounts
 from silo.model.job import Job, JobState, JobStatus, task_bytes
 from silo.model.task import Task
-from silo.shard.committer import Rows
 from silo.storage import codec, keys
+from silo.storage.store import Rows
 from silo.telemetry.logging import Log
 
 log = Log("silo.shard.views")

@@ -1,7 +1,6 @@
 """From a change to the rows it writes and deletes, index rows included."""
 
-from collections.abc import MutableMapping
-from typing import TypeAlias, assert_never
+from typing import assert_never
 
 from silo.model.change import Change
 from silo.model.floating import FloatingState, RefreshDue
@@ -17,12 +16,9 @@ from silo.model.job import (
 )
 from silo.model.task import Task
 from silo.storage import codec, keys
-from silo.storage.store import Group
+from silo.storage.store import Group, Rows
 
 QUEUED_BYTES_MAX = 1024  # A larger job is not copied into its queue row.
-
-
-Rows: TypeAlias = MutableMapping[bytes, bytes | None]
 
 
 def write_change(change: Change, rows: Rows) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:

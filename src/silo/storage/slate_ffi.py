@@ -62,13 +62,11 @@ if AVAILABLE:
     _library = ctypes.PyDLL(binding._UniffiLib._name)
     _status = binding._UniffiRustCallStatus.default()
     _status_at = ctypes.addressof(_status)
-    for _symbol in _CALLS:  # An address costs less than a reference.
-        *_arguments, _ = getattr(binding._UniffiLib, _symbol).argtypes
-        getattr(_library, _symbol).argtypes = (*_arguments, ctypes.c_void_p)
-        getattr(_library, _symbol).restype = getattr(binding._UniffiLib, _symbol).restype
-    for _symbol in _STARTS:
-        getattr(_library, _symbol).argtypes = getattr(binding._UniffiLib, _symbol).argtypes
-        getattr(_library, _symbol).restype = getattr(binding._UniffiLib, _symbol).restype
+    for _symbol in (*_CALLS, *_STARTS):
+        _call, _bound = getattr(_library, _symbol), getattr(binding._UniffiLib, _symbol)
+        _call.argtypes, _call.restype = _bound.argtypes, _bound.restype
+        if _symbol in _CALLS:  # An address costs less than a reference.
+            _call.argtypes = (*_bound.argtypes[:-1], ctypes.c_void_p)
 
     class _Foreign(ctypes.Structure):
         """Borrowed bytes, as the binding's own structure but without a cast for each value."""

@@ -9,11 +9,14 @@ from silo.storage import keys
 Batch: TypeAlias = Mapping[bytes, bytes | None]
 """Key to value; None deletes the key. One key appears once, so order within a batch has no meaning."""
 
+Rows: TypeAlias = dict[bytes, bytes | None]
+"""A batch that is being filled."""
+
 Row: TypeAlias = tuple[bytes, bytes]
 
 
-class Group(dict[bytes, bytes | None]):
-    """A batch that is being filled.
+class Group(Rows):
+    """Rows that are told to be new where they are.
 
     `fresh`: those of its rows that surely were not there before, neither in the store nor in an
     earlier batch. That is a hint: a store may use it to leave out rows that come and go.

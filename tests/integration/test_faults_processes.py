@@ -91,15 +91,21 @@ async def test_a_worker_that_is_stopped_for_long_loses_its_leases_and_what_it_di
         async with cluster.worker():
             producer = Producer(client, takes_s=(0.0, 0.1))
             async with producer.running():
-                await asyncio.sleep(30.0)
+                await asyncio.sleep(30.0)  # That long it is stopped.
                 stopped.send_signal(signal.SIGCONT)
-                await asyncio.sleep(2.0)
+                await until(lambda: _losses(cluster) == 5)
             audit = await cluster.audit([*handles, *producer.handles])
-        complaints = cluster.complaints().splitlines()
-    # It hears first of the lost lease, or of the report that does not count.
-    lost = ("TaskLeaseLostError(", "TaskNotFoundError(")
-    assert sum(any(name in line for name in lost) for line in complaints) == 5
+        assert _losses(cluster) == 5
     assert (audit.lost_leases, audit.repeated) == (5, 5)
+
+
+def _losses(cluster: FaultCluster) -> int:
+    """Of how many tasks the first worker says that it has lost them.
+
+    It hears first of the lost lease, or of the report that does not count.
+    """
+    lost = ("TaskLeaseLostError(", "TaskNotFoundError(")
+    return sum(any(name in line for name in lost) for line in cluster.complaints().splitlines())
 
 
 # Handlers

@@ -325,16 +325,20 @@ class Worker:
             request = pb.ReportOutcomeRequest(
                 shard=task.shard, task_id=task.id, tenant_id=task.tenant_id or None
             )
-            fate = chance()
-            if fate < habits.fail:
-                request.failure.code = "BROKEN"
-            elif fate < habits.fail + habits.cancelled:
-                request.cancelled.SetInParent()
-            else:
-                request.success.msgpack = b"\xa4done"
+            self._conclude(request, chance())
             await self._report("ReportOutcome", request, request.WhichOneof("outcome"))
         finally:
             self._busy -= 1
+
+    def _conclude(self, report: Any, fate: float) -> None:
+        """Fill in how a task ended."""
+        habits = self._habits()
+        if fate < habits.fail:
+            report.failure.code = "BROKEN"
+        elif fate < habits.fail + habits.cancelled:
+            report.cancelled.SetInParent()
+        else:
+            report.success.msgpack = b"\xa4done"
 
     async def _beat(self, task: Any, run_s: float) -> None:
         """Work for `run_s`, with heartbeats; ends early when the lease is gone."""
@@ -358,11 +362,17 @@ class Worker:
         request = pb.ReportRefreshOutcomeRequest(
             shard=task.shard, task_id=task.id, tenant_id=task.tenant_id or None
         )
-        if self._rng.random() < habits.refresh_fail:
-            request.failure.code = "NO_IDEA"
-        else:
-            request.success.new_max_concurrency = self._rng.choice(list(habits.refresh_values))
+        self._conclude_refresh(request.success, request.failure)
         await self._report("ReportRefreshOutcome", request, None)
+
+    def _conclude_refresh(self, success: Any, failure: Any) -> None:
+        """Fill in one of the two."""
+        habits = self._habits()
+        if self._rng.random() < habits.refresh_fail:
+            failure.code = "NO_IDEA"
+        else:
+            success.new_max_concurrency = self._rng.choice(list(habits.refresh_values))
+            success.SetInParent()  # Also when it is 0.
 
     async def _report(self, method: str, request: Any, outcome: str | None) -> None:
         """Report until the server has taken it, or says that the lease is gone."""
@@ -437,27 +447,19 @@ class StreamWorker(Worker):
         await asyncio.sleep(run_s + 25 if chance() < habits.long else run_s)
         report = self._report_on(task)
         fate = chance()
-        if fate < habits.fail:
-            report.failure.code = "BROKEN"
-        elif fate < habits.fail + habits.cancelled:
-            report.cancelled.SetInParent()
-        elif fate > 1 - habits.back:
-            if chance() < 0.5:
-                report.handed_back.SetInParent()
-            else:
-                report.postponed.delay_ms = 300
+        if fate <= 1 - habits.back:
+            self._conclude(report, fate)
+        elif chance() < 0.5:
+            report.handed_back.SetInParent()
         else:
-            report.success.msgpack = b"\xa4done"
+            report.postponed.delay_ms = 300
         self._send(report)
 
     async def _refresh(self, task: Any) -> None:
         habits = self._habits()
         await asyncio.sleep(self._rng.uniform(*habits.run_ms) / 1000)
         report = self._report_on(task)
-        if self._rng.random() < habits.refresh_fail:
-            report.refresh_failure.code = "NO_IDEA"
-        else:
-            report.refresh_success.new_max_concurrency = self._rng.choice(list(habits.refresh_values))
+        self._conclude_refresh(report.refresh_success, report.refresh_failure)
         self._send(report)
 
     def _report_on(self, task: Any) -> ext.Report:

@@ -211,29 +211,6 @@ _BASIC: dict[str, Scenario] = {
         mix=Mix(limits=[*_QUEUES, *_TANGLES], retries=0.8),
         trouble=Trouble(server_kills=1.0),
     ),
-    "streams": Scenario(
-        mix=Mix(limits=_QUEUES, cancel=0.2, restart=0.5, retries=0.6),
-        habits=Habits(streams=1.0),
-        weather=_BAD_WEATHER,
-        trouble=Trouble(partitions=0.3, worker_kills=0.15, server_kills=0.15),
-        tenants=("t1", "t2"),
-        shards=2,
-    ),
-    "streams and polls": Scenario(
-        mix=Mix(
-            limits=[*_QUEUES, *_TANGLES, [rate("token", 3, 500)], [floating("f", 1)]],
-            groups=("g1", "g2"),
-            retries=0.6,
-            cancel=0.3,
-            restart=0.5,
-            expedite=0.3,
-            delete=0.2,
-            lease_one=0.1,
-        ),
-        habits=Habits(streams=0.5, fail=0.3),
-        trouble=Trouble(server_kills=0.3, worker_kills=0.15, partitions=0.15),
-        retention=Retention(succeeded_s=30, unsuccessful_s=60),
-    ),
     "bad disk": Scenario(
         mix=Mix(limits=[*_QUEUES, *_TANGLES, [rate("token", 3, 500)], [floating("f", 1)]], retries=0.5),
         disk=Disk(
@@ -246,6 +223,10 @@ _BASIC: dict[str, Scenario] = {
 SCENARIOS: Mapping[str, Scenario] = {
     **_BASIC,
     "tiny memory": msgspec.structs.replace(_BASIC["mixed"], is_tiny=True),
+    "streams": msgspec.structs.replace(_BASIC["chaos"], habits=Habits(streams=1.0)),
+    "streams and polls": msgspec.structs.replace(
+        _BASIC["mixed"], habits=msgspec.structs.replace(_BASIC["mixed"].habits, streams=0.5)
+    ),
 }
 
 
